@@ -1,0 +1,167 @@
+"""From running generations to one answer: reading several as one, and the answer that is sent whole.
+
+`Deltas` reads; a `Shape` gives what was read the form of a dialect; `WholeAnswer` here and `EventStream` in
+`sse.py` send it. Closing the generations is the request's exit stack's business, never that of a generator
+or a response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from service.engine.generation import Delta, FinishReason, Generation, Usage
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client left, or stopped reading: there is nobody to answer."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one row has said so far."""
+
+    text: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Shape(Protocol):
+    """The form of a dialect's answer. A payload is what becomes one event's data, or the whole body."""
+
+    def opening(self) -> list[Mapping[str, Any]]:
+        """Payloads before the first token of a stream."""
+
+    def chunk(self, index: int, delta: Delta) -> list[Mapping[str, Any]]:
+        """Payloads for what row `index` newly said, its end included."""
+
+    def closing(self, choices: Sequence[Choice]) -> list[Mapping[str, Any]]:
+        """Payloads after every row has ended."""
+
+    def body(self, choices: Sequence[Choice]) -> Mapping[str, Any]:
+        """The whole answer of a request that does not stream."""
+
+
+class Deltas:
+    """Several generations read as one sequence of (index, delta). Belongs to the event loop.
+
+    A row's error is raised, not returned: it ends the whole answer.
+    """
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        self.choices = [Choice() for _ in generations]
+        self._open = dict(enumerate(generations))
+        self._reads: dict[asyncio.Task[Delta], int] = {}
+
+    @property
+    def finished(self) -> bool:
+        """True when every row has ended."""
+        return not self._open
+
+    async def next(self, patience: float | None = None) -> list[tuple[int, Delta]]:
+        """What arrived since the last call, at least one delta; nothing when `patience` seconds brought nothing.
+
+        Raises the ServiceError of a row that failed. Cancelling loses nothing.
+        """
+        alone = len(self._open) == 1 and not self._reads  # a pending read may already hold what arrived
+        arrived = await (self._next_of_one(patience) if alone else self._next_of_many(patience))
+        for index, delta in arrived:
+            self._note(index, delta)
+        return arrived
+
+    async def close(self) -> None:
+        """Stop the pending reads; to be called before the generations are closed."""
+        reads = list(self._reads)
+        self._reads.clear()
+        for read in reads:
+            read.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+
+    async def _next_of_one(self, patience: float | None) -> list[tuple[int, Delta]]:
+        """The common case, without a task for each token."""
+        [(index, generation)] = self._open.items()
+        try:
+            async with asyncio.timeout(patience):
+                return [(index, await generation.read())]
+        except TimeoutError:
+            return []
+
+    async def _next_of_many(self, patience: float | None) -> list[tuple[int, Delta]]:
+        waited = set(self._reads.values())
+        for index, generation in self._open.items():
+            if index not in waited:
+                self._reads[asyncio.ensure_future(generation.read())] = index
+        done, _ = await asyncio.wait(self._reads, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        arrived = [(self._reads.pop(read), read.result()) for read in done]
+        return sorted(arrived, key=lambda pair: pair[0])
+
+    def _note(self, index: int, delta: Delta) -> None:
+        if delta.error is not None:
+            raise delta.error
+        choice = self.choices[index]
+        choice.text.append(delta.text)
+        if delta.final:
+            choice.finish_reason = delta.finish_reason
+            choice.usage = delta.usage
+            del self._open[index]
+
+
+class WholeAnswer(Response):
+    """An answer that is sent when every row has ended, and not at all when the client left before."""
+
+    def __init__(self, deltas: Deltas, shape: Shape) -> None:
+        super().__init__()
+        self._deltas = deltas
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(self._drain(), receive)
+        except ClientGone:
+            return
+        note_usage(scope, self._deltas.choices)
+        await JSONResponse(self._shape.body(self._deltas.choices))(scope, receive, send)
+
+    async def _drain(self) -> None:
+        while not self._deltas.finished:
+            await self._deltas.next()
+
+
+async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Run `work` and return its result; cancel it and raise ClientGone as soon as the client leaves."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_until_disconnect(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        watch.result()  # a watch that failed is a bug of ours, not a departure
+        raise ClientGone
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def note_usage(scope: Scope, choices: Sequence[Choice]) -> None:
+    """Add what the request cost, and how it ended, to its log line."""
+    usages = [choice.usage for choice in choices if choice.usage is not None]
+    scope["state"]["line"].update(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        finish_reasons=sorted({choice.finish_reason.value for choice in choices if choice.finish_reason is not None}),
+    )

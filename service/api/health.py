@@ -1,0 +1,81 @@
+"""Probes. Public: they say whether to send work here, and nothing about anybody's work.
+
+Dead, busy and stuck are different answers: a full queue is busy, and busy is healthy.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from service.api.deps import EngineDep
+from service.api.routes import get_and_head
+from service.engine.engine import Engine, EngineState
+
+PUBLIC_PATHS = ("/", "/health", "/livez", "/readyz")
+
+
+class Health(TypedDict):
+    status: str
+    model_loaded: bool
+
+
+class Readiness(TypedDict):
+    ready: bool
+    state: str
+    reasons: list[str]
+    model_loaded: bool
+    batching: bool | None
+    running: int
+    waiting: int
+    step_age_seconds: float | None
+
+
+def _loaded(engine: Engine) -> bool:
+    return engine.info is not None and engine.state not in (EngineState.FAILED, EngineState.STOPPED)
+
+
+async def health(engine: EngineDep) -> Response:
+    """200 when requests would be served, else 503 with the same two fields."""
+    ready = engine.state is EngineState.READY
+    body: Health = {"status": "ok" if ready else engine.state.value, "model_loaded": _loaded(engine)}
+    return JSONResponse(body, 200 if ready else 503)
+
+
+async def livez() -> Response:
+    """200 for as long as the event loop answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(engine: EngineDep) -> Response:
+    """The engine's state, and what keeps it from being ready."""
+    status = engine.status()
+    ready = status.state is EngineState.READY
+    reasons = [] if ready else [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
+    body: Readiness = {
+        "ready": ready,
+        "state": status.state.value,
+        "reasons": reasons,
+        "model_loaded": _loaded(engine),
+        "batching": None if engine.info is None else engine.info.batchable,
+        "running": status.running,
+        "waiting": status.waiting,
+        "step_age_seconds": status.step_age,
+    }
+    return JSONResponse(body, 200 if ready else 503)
+
+
+async def root() -> Response:
+    """Some clients send `HEAD /` to see whether anybody is there."""
+    return Response()
+
+
+def build_router() -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter(tags=["probes"])
+    get_and_head(router, "/health", health, summary="Would a request be served?")
+    get_and_head(router, "/livez", livez, summary="Is the process alive?")
+    get_and_head(router, "/readyz", readyz, summary="Is it ready, and if not, why?")
+    router.add_api_route("/", root, methods=["HEAD"], include_in_schema=False)
+    return router

@@ -1,0 +1,96 @@
+"""One canonical log line and the HTTP metrics of each request, written when it is over, however it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.health import PUBLIC_PATHS
+from service.observability.logging import get_logger
+from service.observability.metrics import Metrics
+
+log = get_logger(__name__)
+
+CLIENT_LEFT = 499
+"""What is recorded when the client left before its answer began (nginx's number; never sent)."""
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class AccessLog:
+    """`clock` is monotonic seconds. Labels are route templates, never paths: a client chooses its paths."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = _Record(self._clock, receive, send)
+        self._metrics.http_in_flight.inc()
+        try:
+            await self._app(scope, record.receive, record.send)
+        finally:
+            self._metrics.http_in_flight.dec()
+            self._write(scope, record)
+
+    def _write(self, scope: Scope, record: _Record) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        status = record.outcome()
+        seconds = self._clock() - record.began
+        self._metrics.http_requests.labels(route, method, str(status)).inc()
+        self._metrics.http_request_duration.labels(route).observe(seconds)
+        fields: dict[str, Any] = {
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 1),
+            "first_byte_ms": None if record.first is None else round((record.first - record.began) * 1000, 1),
+            "bytes_sent": record.sent,
+            "complete": record.complete,
+            **scope["state"]["line"],
+        }
+        quiet = route in PUBLIC_PATHS and status < 400  # noqa: PLR2004 -- the start of the errors
+        (log.debug if quiet else log.info)("request", **fields)
+
+
+class _Record:
+    """What was seen of one request's answer."""
+
+    def __init__(self, clock: Callable[[], float], receive: Receive, send: Send) -> None:
+        self._clock = clock
+        self._receive = receive
+        self._send = send
+        self.began = clock()
+        self.first: float | None = None
+        self.sent = 0
+        self.complete = False
+        self._status: int | None = None
+        self._left = False
+
+    def outcome(self) -> int:
+        """The status that was sent; without one, 499 for a client that left and 500 for a failure."""
+        if self._status is not None:
+            return self._status
+        return CLIENT_LEFT if self._left else 500
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left = self._left or message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self.first = self._clock()
+        elif message["type"] == "http.response.body":
+            self.sent += len(message.get("body", b""))
+        await self._send(message)
+        ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.complete = ended and not self._left

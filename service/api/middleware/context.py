@@ -1,0 +1,94 @@
+"""Outermost: the request's id and log context, the headers of every answer, and the last resort.
+
+Outermost because all of this must also hold for a 404, a 413 and a 500. An exception that nothing inside
+knew ends here: a log line, a count, and the standard error if the answer has not begun.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import ErrorRenderer
+from service.api.sse import MEDIA_TYPE, event
+from service.errors import Internal
+from service.observability.logging import get_logger
+from service.observability.metrics import Metrics
+
+log = get_logger(__name__)
+
+_WELL_FORMED = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+
+
+class RequestContext:
+    """Accepts a well-formed `X-Request-ID` or mints one; `new_id` must return well-formed ids."""
+
+    def __init__(self, app: ASGIApp, *, errors: ErrorRenderer, metrics: Metrics, new_id: Callable[[], str]) -> None:
+        self._app = app
+        self._errors = errors
+        self._metrics = metrics
+        self._new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _WELL_FORMED.match(given) else self._new_id()
+        scope.setdefault("state", {}).update(request_id=request_id, line={})
+        # A trailing slash means the same path. Done here, so that every layer judges the path that is routed.
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        responder = _Responder(send, request_id)
+        try:
+            await self._app(scope, receive, responder.send)
+        except ClientDisconnect:
+            return  # it left while sending its body; nobody is there to answer
+        except Exception:  # the last resort
+            log.exception("request_failed")
+            self._metrics.internal_errors.labels("request").inc()
+            await responder.fail(self._errors, scope, receive)
+
+
+class _Responder:
+    """The state of one answer on its way out."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self._started = False
+        self._finished = False
+        self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start(message)
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._finished = True
+        await self._send(message)
+
+    def _start(self, message: Message) -> None:
+        self._started = True
+        headers = MutableHeaders(scope=message)
+        headers["x-request-id"] = self._request_id
+        headers["x-content-type-options"] = "nosniff"
+        headers.setdefault("cache-control", "no-store")
+        self._is_stream = headers.get("content-type", "").startswith(MEDIA_TYPE)
+
+    async def fail(self, errors: ErrorRenderer, scope: Scope, receive: Receive) -> None:
+        """Answer with an internal error as far as that is still possible.
+
+        A stream gets an error event. Any other answer that has begun is left incomplete, and the server
+        breaks the connection: a client must not take half an answer for a whole one.
+        """
+        error = Internal("The service met an unexpected error.")
+        if not self._started:
+            await errors.response(error)(scope, receive, self.send)
+        elif self._is_stream and not self._finished:
+            await self.send({"type": "http.response.body", "body": event(errors.envelope(error)), "more_body": False})

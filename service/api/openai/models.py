@@ -1,0 +1,40 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`: the one model, under each of its names."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+
+from service.api.deps import InferenceDep, RequestState, StateDep, current_principal
+from service.api.openai.schemas import Model, ModelList
+from service.api.routes import get_and_head
+
+
+def _model(name: str, state: RequestState) -> Model:
+    info = state["engine"].info
+    return {
+        "id": name,
+        "object": "model",
+        "created": state["started"],
+        "owned_by": "mlxd",
+        "max_model_len": None if info is None else info.context_length,
+    }
+
+
+async def list_models(inference: InferenceDep, state: StateDep) -> ModelList:
+    """One entry for the model's own name and for each alias."""
+    return {"object": "list", "data": [_model(name, state) for name in inference.model_names]}
+
+
+async def retrieve_model(model_id: str, inference: InferenceDep, state: StateDep) -> Model:
+    """The bare object; 404 for any other name."""
+    inference.resolve_model(model_id)  # raises NotFound
+    return _model(model_id, state)
+
+
+def build_router() -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter(dependencies=[Depends(current_principal)], tags=["openai"])
+    get_and_head(router, "/v1/models", list_models, summary="List the served model's names")
+    # Ids contain slashes, written plainly or as %2F: a path parameter takes both.
+    get_and_head(router, "/v1/models/{model_id:path}", retrieve_model, summary="Describe one model")
+    return router

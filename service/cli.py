@@ -1,0 +1,166 @@
+"""The command `mlxd`. Imports lazily: help is instant, and mlx is not imported before TMPDIR is private.
+
+Exit codes, of every command:
+
+    0    done; for `serve`: asked to stop, and drained
+    1    the address cannot be listened on
+    2    wrong usage of the command line
+    69   the model cannot be had
+    70   the engine failed
+    78   the configuration cannot be used
+    130  interrupted (SIGINT), where a second signal did not wait for the drain
+    143  as 130, by SIGTERM
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+
+class Format(StrEnum):
+    """How `config show` prints."""
+
+    TOML = "toml"
+    JSON = "json"
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    commands()()
+
+
+def commands() -> typer.Typer:
+    """Build the command tree. A module that is only imported holds no state."""
+    group = partial(typer.Typer, add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+    app = group(name="mlxd", pretty_exceptions_enable=False, callback=_options)
+    app.command("serve")(serve)
+    app.command("version")(version)
+    model = group(name="model", help="The model that is served.")
+    model.command("fetch")(model_fetch)
+    config = group(name="config", help="The configuration.")
+    config.command("show")(config_show)
+    app.add_typer(model)
+    app.add_typer(config)
+    return app
+
+
+def _options(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file; in a checkout config/development.toml when not given."),
+    ] = None,
+) -> None:
+    """One warmed mlx-lm engine, served to other people."""
+    context.obj = config or _checkout_config(Path.cwd())
+
+
+def _checkout_config(start: Path) -> Path | None:
+    """The development configuration of the checkout around `start`, if it is one of mlxd."""
+    for folder in (start, *start.parents):
+        candidate = folder / "config" / "development.toml"
+        if candidate.is_file() and (folder / "service" / "cli.py").is_file():
+            return candidate
+    return None
+
+
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; stronger than the configuration.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="TCP port, 0 for a free one; stronger than the configuration.")
+    ] = None,
+) -> None:
+    """Start the service in the foreground."""
+    settings = _settings(context, {"server.host": host, "server.port": port})
+    _prepare(settings)
+    from service.serve import run
+
+    raise typer.Exit(run(settings))
+
+
+def model_fetch(context: typer.Context) -> None:
+    """Bring the configured model onto this machine (also with model.offline), so that a start needs no network."""
+    settings = _settings(context)
+    _prepare(settings)
+    from service.engine.models import resolve, rich_progress
+    from service.errors import ModelUnavailable
+
+    try:
+        with rich_progress() if sys.stderr.isatty() else nullcontext() as progress:
+            files = resolve(
+                settings.model.reference, state_dir=settings.server.state_dir, offline=False, progress=progress
+            )
+    except ModelUnavailable as error:
+        typer.echo(f"mlxd: {error.message}", err=True)
+        raise typer.Exit(os.EX_UNAVAILABLE) from None
+    typer.echo(f"{files.name}: {files.path}")
+
+
+def config_show(
+    context: typer.Context,
+    output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TOML,
+) -> None:
+    """Print the effective settings of all layers."""
+    from service.settings import as_toml
+
+    settings = _settings(context)
+    if output is Format.JSON:
+        typer.echo(settings.model_dump_json(indent=2))
+        return
+    values = settings.model_dump(mode="json")
+    flat = {f"{section}.{key}": value for section, group in values.items() for key, value in group.items()}
+    typer.echo(as_toml(flat), nl=False)
+
+
+def version() -> None:
+    """Print the versions that matter in a report."""
+    from importlib.metadata import version as installed
+
+    from service import __version__
+
+    parts = [f"{name} {installed(name)}" for name in ("mlx", "mlx-lm", "uvicorn", "fastapi")]
+    typer.echo(f"mlxd {__version__} (Python {sys.version.split()[0]}, {', '.join(parts)})")
+
+
+def _settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
+    from service.settings import Settings
+
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    with _explained():
+        return Settings.load(context.obj, given)
+
+
+def _prepare(settings: Settings) -> None:
+    """What must be true of the process before mlx is imported."""
+    from service.observability.logging import configure
+    from service.settings import private_tmpdir
+
+    with _explained():
+        private_tmpdir(settings.server.state_dir)
+    configure(level=settings.log.level, fmt=settings.log.format)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn a configuration error into one line per problem on standard error and exit code 78."""
+    from service.settings import ConfigurationError
+
+    try:
+        yield
+    except ConfigurationError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"mlxd: configuration: {line}", err=True)
+        raise typer.Exit(os.EX_CONFIG) from None

@@ -1,0 +1,108 @@
+"""What the engine asks of a model runtime: the `Backend` protocol and the values that cross it.
+
+Every method of a backend belongs to the generation thread. `mlx_backend.py` is the real one; tests script
+another. Nothing here imports mlx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.engine.generation import FinishReason, SamplingParams
+from service.engine.memory import MemoryModel
+from service.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What was loaded. `batchable` is False when the model's caches cannot be merged: one row at a time."""
+
+    name: str
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    batchable: bool
+    memory: MemoryModel
+    tokenizer: Tokenizer
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sequence for the batch. `uid` is the engine's; `tenant` names its prefix-cache namespace."""
+
+    uid: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token of one row. With a `finish_reason` the row has left the batch."""
+
+    uid: int
+    token: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step did. Rows in `failed` have left the batch; their exception is theirs alone."""
+
+    tokens: list[Token] = field(default_factory=list)
+    failed: list[tuple[int, Exception]] = field(default_factory=list)
+    started: list[tuple[int, int]] = field(default_factory=list)
+    """(uid, cached tokens) of rows whose prefill began in this step."""
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_rows: int = 0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes, as mlx counts them; `prefix_cache` is what finished prompts keep of `active`."""
+
+    active: int = 0
+    peak: int = 0
+    buffer_cache: int = 0
+    prefix_cache: int = 0
+    prefix_entries: int = 0
+
+
+class Backend(Protocol):
+    """A model runtime with continuous batching. One thread calls it; a call may take a whole step's time."""
+
+    def load(self) -> ModelInfo:
+        """Bring the model into memory. Raises ModelUnavailable with what to do about it."""
+
+    def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
+        """Run the shapes of traffic whose first use costs more; call `progress(what, done, total)` between them."""
+
+    def insert(self, row: Row) -> None:
+        """Take a row in; its prefill starts in a later step. The prompt is not empty."""
+
+    def make_room(self, nbytes: int) -> None:
+        """Shrink the prefix cache until at most `nbytes` remain in it."""
+
+    def step(self) -> StepResult:
+        """Decode one token for every live row and prefill at most one chunk. Does nothing without rows.
+
+        Raises only when the whole step is lost; then no row is usable until `rebuild`.
+        """
+
+    def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
+        """Take rows out between steps; unknown uids are ignored. `keep_prefix` stores what they computed."""
+
+    def rebuild(self) -> None:
+        """Drop every row and all their memory, and start again with empty batches; the model stays loaded."""
+
+    def memory(self) -> MemoryUse:
+        """Current memory figures; cheap."""
+
+    def close(self) -> None:
+        """Free the model and every array. The backend is not used afterwards."""

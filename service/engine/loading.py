@@ -1,0 +1,164 @@
+"""Bringing a model into memory and measuring what its rows cost. Belongs to the generation thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
+
+from service.engine.memory import KV_STEP, LayerGroup, MemoryModel
+from service.engine.models import resolve
+from service.engine.tokenizer import Tokenizer
+from service.errors import ModelUnavailable
+from service.settings import Settings
+
+BUDGET_SHARE = 0.8
+"""Share of the device's recommended working set that weights and caches together may use."""
+
+HOST_SHARE = 0.5
+"""The same of physical memory, where the device names no working set (CPU)."""
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model in memory, with what its configuration says about it."""
+
+    name: str
+    model: Any
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    context_length: int
+    vocab_size: int
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Load what `model.reference` means, by mlx-lm's own loader and without remote code.
+
+    Raises ModelUnavailable. On mlx's CPU backend quantised weights become dense float32, if so configured.
+    """
+    files = resolve(
+        settings.model.reference, state_dir=settings.server.state_dir.expanduser(), offline=settings.model.offline
+    )
+    try:
+        config = load_config(files.path)
+        model, _ = load_weights(files.path, lazy=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelUnavailable(f"{files.name} cannot be loaded: {error}") from error
+    if settings.model.dequantize_on_cpu and mx.default_device() == mx.Device(mx.cpu):
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    model.eval()
+    tokenizer = Tokenizer.load(files.path)
+    return LoadedModel(
+        name=files.name,
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=_eos(config),
+        context_length=_context_length(config, settings.engine.context_length),
+        vocab_size=_vocab_size(model),
+    )
+
+
+def _eos(config: dict[str, Any]) -> frozenset[int]:
+    eos = config.get("eos_token_id")
+    if eos is None:
+        raise ModelUnavailable("the model's configuration names no end-of-sequence token")
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _context_length(config: dict[str, Any], configured: int) -> int:
+    """The model's own limit, or a smaller configured one."""
+    scopes = (config, config.get("text_config") or {})
+    own = next((scope[key] for scope in scopes for key in CONTEXT_KEYS if isinstance(scope.get(key), int)), 0)
+    limits = [limit for limit in (own, configured) if limit]
+    if not limits:
+        raise ModelUnavailable("the model does not say its context length; set engine.context_length")
+    return min(limits)
+
+
+def _vocab_size(model: Any) -> int:
+    """Width of the logits, read off one forward pass (it may be wider than the tokenizer)."""
+    logits = model(mx.array([[0]]), cache=make_prompt_cache(model))
+    mx.eval(logits)
+    return int(logits.shape[-1])
+
+
+def working_set() -> int:
+    """Bytes that weights and caches together may use on this device."""
+    info = mx.device_info()
+    recommended = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
+    if recommended and mx.default_device() != mx.Device(mx.cpu):
+        return int(int(recommended) * BUDGET_SHARE)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE)
+
+
+def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
+    """What rows cost, measured on the loaded model: caches by their size, activations by mlx's peak counter."""
+    mx.clear_cache()
+    weights = sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
+    budget = settings.engine.memory_budget or working_set() - weights
+    if budget <= 0:
+        raise ModelUnavailable(
+            f"{loaded.name} needs {weights} bytes for its weights, more than this device has for it; "
+            "choose a smaller model or set engine.memory_budget"
+        )
+    small, large = make_prompt_cache(loaded.model), make_prompt_cache(loaded.model)
+    _forward(loaded, small, 1)
+    first = _forward(loaded, large, PROBE)
+    groups, fixed = _layer_costs(small, large)
+    second = _forward(loaded, large, PROBE)
+    position, score = _activation_costs(first, second)
+    return MemoryModel(
+        budget=budget,
+        layers=groups,
+        bytes_per_row=fixed,
+        bytes_per_position=position,
+        bytes_per_score=score,
+        bytes_per_logits=LOGITS_COPIES * 4 * loaded.vocab_size,
+        chunk_tokens=settings.engine.max_prefill_chunk,
+    )
+
+
+PROBE = KV_STEP + 1
+"""Positions of a measuring chunk: the first number for which a cache needs its second step."""
+
+LOGITS_COPIES = 8
+"""Float32 copies of a row's logits that may be alive while a token is drawn: raw, biased, penalised,
+normalised, sorted with their cumulated probabilities, masked, and the noise they are compared with."""
+
+
+def _forward(loaded: LoadedModel, cache: list[Any], size: int) -> int:
+    """Prefill a chunk of `size` positions; returns its peak bytes beside what was there before."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    loaded.model(mx.zeros((1, size), dtype=mx.int32), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    return int(mx.get_peak_memory() - before)
+
+
+def _layer_costs(small: Sequence[Any], large: Sequence[Any]) -> tuple[tuple[LayerGroup, ...], int]:
+    """Cost groups from caches that hold one step and two, and the bytes of a row that never grow."""
+    by_window: dict[int | None, int] = {}
+    fixed = 0
+    for one, two in zip(small, large, strict=True):
+        growth = max(0, two.nbytes - one.nbytes) // KV_STEP
+        fixed += max(0, one.nbytes - growth * KV_STEP)
+        if growth:
+            window = getattr(one, "max_size", None)
+            by_window[window] = by_window.get(window, 0) + growth
+    return tuple(LayerGroup(cost, window) for window, cost in by_window.items()), fixed
+
+
+def _activation_costs(first: int, second: int) -> tuple[int, float]:
+    """(bytes a position, bytes a position and context token) from two chunks of PROBE positions in a row."""
+    score = max(0.0, (second - first) / PROBE / PROBE)
+    return int(max(first / PROBE - PROBE * score, 0)) + 1, score

@@ -1,0 +1,167 @@
+"""Warm-up: run the shapes of traffic before traffic does, and learn what a step costs.
+
+Belongs to the generation thread. On a GPU the first use of a kernel compiles it (54 s for the first
+prefill, 30 s for the first batch of 8 were seen); on a CPU most shapes cost nothing extra. So the smallest
+shape of a family is run twice, and only when its first use was measurably slower is the rest run as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx_lm.generate import StopSequences
+
+from service.engine.backend import Row
+from service.engine.batches import DecodeBatch, PrefillBatch
+from service.engine.generation import SamplingParams
+from service.engine.pacing import SMALLEST_CHUNK, StepCosts
+from service.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from service.engine.mlx_backend import MlxBackend
+
+COLDER = 1.5
+"""A first use that takes this many times a second one is paid for in advance."""
+
+NOISE = 0.02
+"""Seconds by which a first use must be slower, too: less than this nobody notices."""
+
+DECODE_STEPS = 3
+SHORT_PROMPT = 4
+
+GREEDY = SamplingParams(temperature=0)
+SAMPLED = (
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.05),
+    SamplingParams(temperature=0.7, seed=1, presence_penalty=0.1, repetition_penalty=1.1, logit_bias=((0, 0.0),)),
+)
+
+
+class Warmup:
+    """One warm-up of a freshly loaded backend."""
+
+    def __init__(self, backend: MlxBackend, settings: EngineSettings, *, clock: Callable[[], float]) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._clock = clock
+
+    def run(self, progress: Callable[[str, int, int], None]) -> StepCosts:
+        """Run all families, `progress(what, done, total)` before each; returns the measured costs."""
+        stages = ("prefill", "decode", *(f"sampling {number}" for number in range(1, len(SAMPLED) + 1)))
+        progress(stages[0], 0, len(stages))
+        costs = self._prefills()
+        progress(stages[1], 1, len(stages))
+        costs = self._decodes(costs)
+        for done, params in enumerate(SAMPLED, 2):
+            progress(stages[done], done, len(stages))
+            self._decode_sizes([1, self._backend.max_rows], params)
+        return costs
+
+    def _prefills(self) -> StepCosts:
+        """Warm the chunk sizes that fit into a step, and measure prefill."""
+        target = self._settings.step_target
+        largest = min(self._settings.max_prefill_chunk, self._backend.info.context_length // 2)
+        size, smallest = SMALLEST_CHUNK, min(self._prefill(SMALLEST_CHUNK), self._prefill(SMALLEST_CHUNK))
+        seconds = smallest
+        while size * 2 <= largest and seconds < target / 2:
+            size *= 2
+            seconds = self._prefill(size)
+            if seconds > target:  # compiled, or really this slow?
+                seconds = self._prefill(size)
+        token = max(seconds - smallest, smallest / 100) / max(1, size - SMALLEST_CHUNK)
+        base = max(0.0, smallest - SMALLEST_CHUNK * token)
+        later = self._prefill(size, context=self._deep(size))
+        return StepCosts(
+            prefill_base=base, prefill_token=token, prefill_context=max(0.0, later - seconds) / size / self._deep(size)
+        )
+
+    def _deep(self, size: int) -> int:
+        """Context tokens at which the cost of attending to them is measured."""
+        return max(1, min(4 * size, 512, self._backend.info.context_length - size - 2))
+
+    def _prefill(self, size: int, context: int = 0) -> float:
+        """Seconds of one chunk of `size` tokens after `context` others."""
+        batch = self._batch(1, size + context + 1, GREEDY)
+        while context > 0:
+            context -= batch.advance(min(context, size))
+        began = self._clock()
+        batch.advance(size)
+        return self._clock() - began
+
+    def _decodes(self, costs: StepCosts) -> StepCosts:
+        """Warm the batch sizes, and measure decode and a join."""
+        most = self._backend.max_rows
+        sizes = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+        seconds = self._decode_sizes(sizes, GREEDY)
+        one, all_rows = seconds[1], seconds.get(most) or self._decode(most, GREEDY)
+        row = max(0.0, all_rows - one) / max(1, most - 1)
+        deep = self._deep(256)
+        batch = self._decoding(1, GREEDY, deep)
+        context = max(0.0, self._steps(batch) - one) / deep
+        join = self._join(batch, deep) if most > 1 else 0.0
+        return replace(
+            costs, decode_base=max(0.0, one - row), decode_row=row, decode_context=context, join_position=join
+        )
+
+    def _join(self, batch: DecodeBatch, length: int) -> float:
+        """Seconds a position for a row to join a batch; the second of two, in memory that is mapped already."""
+        seconds = 0.0
+        for _ in range(2):
+            other = self._decoding(1, GREEDY, length)
+            mx.eval(batch.states(), other.states())
+            began = self._clock()
+            batch.extend(other)
+            mx.eval(batch.states())
+            seconds = (self._clock() - began) / (len(batch) * length)
+        return seconds
+
+    def _decode_sizes(self, sizes: Sequence[int], params: SamplingParams) -> dict[int, float]:
+        """Seconds of a step by rows: the smallest size, and the others when its first use was colder."""
+        smallest, *others = sizes
+        began = self._clock()
+        self._decode(smallest, params)
+        first = self._clock() - began
+        seconds = {smallest: self._decode(smallest, params)}
+        second = self._clock() - began - first
+        if first > COLDER * second and first - second > NOISE:
+            for size in others:
+                self._decode(size, params)
+                seconds[size] = self._decode(size, params)
+        return seconds
+
+    def _decode(self, rows: int, params: SamplingParams) -> float:
+        """Seconds of one decode step with `rows` rows; a row also leaves and another joins."""
+        batch = self._decoding(rows, params)
+        taken = self._steps(batch)
+        if rows > 1:
+            batch.filter(list(range(rows - 1)))
+            batch.extend(self._decoding(1, params))
+            batch.next()
+        return taken
+
+    def _steps(self, batch: DecodeBatch) -> float:
+        """Seconds of one step of a batch, first use apart."""
+        batch.next()
+        began = self._clock()
+        for _ in range(DECODE_STEPS):
+            batch.next()
+        return (self._clock() - began) / DECODE_STEPS
+
+    def _decoding(self, rows: int, params: SamplingParams, length: int = SHORT_PROMPT) -> DecodeBatch:
+        batch = self._batch(rows, length, params)
+        while batch.longest_rest > 1:
+            batch.advance(min(length, 256))
+        return batch.into_decode(StopSequences())
+
+    def _batch(self, rows: int, length: int, params: SamplingParams) -> PrefillBatch:
+        backend = self._backend
+        prompts = [
+            Row(uid=uid, prompt=(0,) * length, max_tokens=1 << 30, sampling=params, tenant="") for uid in range(rows)
+        ]
+        states = [backend.row_state(row) for row in prompts]
+        return PrefillBatch(
+            backend.model, states, [backend.fresh_cache() for _ in states], merge=backend.info.batchable
+        )

@@ -1,0 +1,259 @@
+"""The generation thread: admit, step, deliver.
+
+The thread owns the backend. The event loop reaches it through `submit`, `cancel`, `refuse_waiting`,
+`abort_running` and `stop`, which take the lock for bookkeeping only and never wait for the backend.
+Everything a step produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from service.engine.admission import Admission
+from service.engine.backend import Backend, MemoryUse, ModelInfo, Row, StepResult
+from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, SamplingParams
+from service.engine.jobs import Job, Orders, Plan
+from service.engine.telemetry import Telemetry
+from service.engine.tokenizer import TextStream
+from service.errors import DeadlineExceeded, GenerationFailed, ServiceError
+from service.settings import EngineSettings
+
+CANARY_UID = -1
+CANARY_STEPS = 8
+"""Steps within which the canary's one token must come."""
+
+Delivery = tuple[Generation, Delta]
+
+
+class CanaryFailed(Exception):
+    """The engine cannot generate a token for itself any more."""
+
+
+class Worker:
+    """Serves a loaded backend until told to stop. `run` belongs to the generation thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        info: ModelInfo,
+        settings: EngineSettings,
+        *,
+        clock: Callable[[], float],
+        deliver: Callable[[Sequence[Delivery]], None],
+        telemetry: Telemetry,
+    ) -> None:
+        self._backend = backend
+        self._info = info
+        self._clock = clock
+        self._deliver = deliver
+        self._telemetry = telemetry
+        self._log = structlog.get_logger("engine")
+        self._wake = threading.Condition()
+        rows = settings.max_rows if info.batchable else 1
+        self._admission = Admission(max_queue=settings.max_queue, max_rows=rows, memory=info.memory)
+        self._jobs: dict[int, Job] = {}
+        self._uids: dict[Generation, int] = {}
+        self._next_uid = 0
+        self._orders = Orders()
+        self._outbox: list[Delivery] = []
+        self.last_step = clock()
+        self.memory = MemoryUse()
+        telemetry.capacity(rows=rows, queue=settings.max_queue)
+
+    # -- from the event loop ------------------------------------------------------------------------------
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue all or none. Raises QueueFull or InvalidRequest."""
+        jobs = [Job(g, self._text_stream(g.request)) for g in generations]
+        with self._wake:
+            numbered = list(enumerate(jobs, self._next_uid))
+            self._admission.offer([job.ticket(uid) for uid, job in numbered])
+            self._next_uid += len(jobs)
+            for uid, job in numbered:
+                self._jobs[uid] = job
+                self._uids[job.generation] = uid
+            self._wake.notify()
+
+    def _text_stream(self, request: GenerationRequest) -> TextStream:
+        return TextStream(self._info.tokenizer, request.stop, trim_space=request.trim_space)
+
+    def cancel(self, generation: Generation) -> None:
+        """The reader has gone: out at once when it waits, else at the next step boundary."""
+        with self._wake:
+            uid = self._uids.get(generation)
+            if uid is None:
+                return
+            if self._admission.withdraw(uid):
+                self._end(uid, "cancelled", None)
+            else:
+                self._orders.cancelled.append(uid)
+                self._wake.notify()
+
+    def refuse_waiting(self, error: ServiceError) -> None:
+        """Empty the queue and tell everybody in it `error`."""
+        with self._wake:
+            for uid in self._admission.withdraw_all():
+                self._end(uid, error.code, Delta(error=error))
+        self._flush()
+
+    def abort_running(self, error: ServiceError) -> None:
+        """End every running row with `error` at the next step boundary."""
+        with self._wake:
+            self._orders.abort = error
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Leave `run` at the next step boundary."""
+        with self._wake:
+            self._orders.stop = True
+            self._wake.notify()
+
+    @property
+    def waiting(self) -> int:
+        return self._admission.waiting
+
+    @property
+    def running(self) -> int:
+        return self._admission.running
+
+    def idle(self) -> bool:
+        """Whether nothing waits, runs or is remembered. Raises AssertionError when the books disagree."""
+        with self._wake:
+            self._admission.check_integrity()
+            return not (self._jobs or self._uids or self.waiting or self.running)
+
+    # -- the generation thread ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until stopped. Raises CanaryFailed when the engine is beyond repair."""
+        while self._turn():
+            pass
+
+    def fail_all(self, error: ServiceError) -> None:
+        """Tell everybody, waiting or running, that nothing will come; the last thing that is done."""
+        with self._wake:
+            for uid in list(self._jobs):
+                self._admission.withdraw(uid)
+                self._end(uid, error.code, Delta(error=error))
+        self._flush()
+
+    def _turn(self) -> bool:
+        """One pass of admit, step, deliver. False when told to stop."""
+        with self._wake:
+            while not (self._orders or self._jobs):
+                self._wake.wait()
+            if self._orders.stop:
+                return False
+            plan = self._plan()
+        self._flush()
+        result = self._step(plan)
+        with self._wake:
+            stopped = self._collect(result)
+            self.last_step = self._clock()
+        self._flush()
+        self._backend.remove(stopped, keep_prefix=True)
+        self.memory = self._backend.memory()
+        return True
+
+    def _plan(self) -> Plan:
+        """Carry out cancels, aborts and deadlines in the books, admit who fits; the backend follows."""
+        orders, self._orders = self._orders, Orders()
+        plan = Plan()
+        for uid in orders.cancelled:
+            if uid in self._jobs:
+                plan.remove.append(uid)
+                self._end(uid, "cancelled", None)
+        if orders.abort is not None:
+            for uid in self._admission.running_uids():
+                plan.remove.append(uid)
+                self._end(uid, orders.abort.code, Delta(error=orders.abort))
+        for uid in self._admission.expired(self._clock()):
+            late = DeadlineExceeded(self._jobs[uid].phase)
+            plan.remove.append(uid)
+            self._end(uid, late.code, Delta(error=late))
+        plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit()]
+        plan.room = self._info.memory.budget - self._admission.reserved_bytes
+        return plan
+
+    def _step(self, plan: Plan) -> StepResult:
+        """Let the backend follow the plan and take one step; a step that is lost yields nothing."""
+        try:
+            self._backend.remove(plan.remove)
+            if plan.insert:
+                self._backend.make_room(plan.room)
+            for row in plan.insert:
+                self._backend.insert(row)
+            return self._backend.step()
+        except Exception as error:  # noqa: BLE001  the worker step: whatever mlx raises fails these rows only
+            self._log.error("step_failed", exc_info=error)
+            self._telemetry.internal_error("worker_step")
+        self._recover()
+        return StepResult()
+
+    def _recover(self) -> None:
+        """After a lost step: fail its rows, rebuild, and let the engine's own canary decide."""
+        failed = GenerationFailed("The generation failed.")
+        with self._wake:
+            for uid in self._admission.running_uids():
+                self._end(uid, failed.code, Delta(error=failed))
+        self._flush()
+        try:
+            self._backend.rebuild()
+            alive = self._canary()
+        except Exception as error:  # the worker step: a canary that fails in any way is final
+            self._log.error("canary_failed", exc_info=error)
+            self._telemetry.internal_error("canary")
+            raise CanaryFailed from error
+        if not alive:
+            raise CanaryFailed
+
+    def _canary(self) -> bool:
+        """Generate one token for nobody."""
+        prompt = (min(self._info.eos_token_ids, default=0),)
+        greedy = SamplingParams(temperature=0)
+        self._backend.insert(Row(uid=CANARY_UID, prompt=prompt, max_tokens=1, sampling=greedy, tenant=""))
+        steps = (self._backend.step() for _ in range(CANARY_STEPS))
+        return any(token.uid == CANARY_UID for result in steps for token in result.tokens)
+
+    def _collect(self, result: StepResult) -> list[int]:
+        """Turn a step's tokens into deltas; returns the rows that a stop string ended."""
+        stopped = []
+        for uid, cached in result.started:
+            if job := self._jobs.get(uid):
+                job.prefilling, job.cached = True, cached
+        for token in result.tokens:
+            if job := self._jobs.get(token.uid):
+                text, reason = job.advance(token)
+                self._admission.served(token.uid, 1)
+                if reason is not None:
+                    self._end(token.uid, reason, Delta(text, reason, job.usage()))
+                    if token.finish_reason is None:
+                        stopped.append(token.uid)
+                elif text:
+                    self._outbox.append((job.generation, Delta(text)))
+        for uid, error in result.failed:
+            if job := self._jobs.get(uid):
+                self._log.error("row_failed", request_id=job.request.request_id, exc_info=error)
+                self._telemetry.internal_error("row")
+                failed = GenerationFailed("The generation failed.")
+                self._end(uid, failed.code, Delta(error=failed))
+        return stopped
+
+    def _end(self, uid: int, reason: FinishReason | str, last: Delta | None) -> None:
+        """Give a row's place back, once, and post its last delta (none when its reader has gone)."""
+        job = self._jobs.pop(uid)
+        del self._uids[job.generation]
+        self._admission.release(uid)
+        self._telemetry.ended(reason, job.usage())
+        if last is not None:
+            self._outbox.append((job.generation, last))
+
+    def _flush(self) -> None:
+        """Post what is in the outbox; either thread."""
+        with self._wake:
+            outbox, self._outbox = self._outbox, []
+        if outbox:
+            self._deliver(outbox)

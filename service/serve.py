@@ -1,0 +1,242 @@
+"""The life of the process: listen, load, serve, drain, stop. The one place that knows uvicorn's server and signals.
+
+The socket listens before anything heavy is imported, so a taken port is told at once and early clients wait or get
+503 instead of a refusal. The engine loads on its own thread meanwhile. A first SIGTERM or SIGINT drains with the
+listener open; a second one leaves without waiting. Exit codes are listed in `cli.py`.
+
+Everything here runs on the event loop's thread. Nothing here may import mlx, directly or not, before `run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Protocol
+
+import uvicorn
+
+from service.console import Console
+from service.engine.engine import EngineState, EngineStatus
+from service.errors import ModelUnavailable, ServiceError
+from service.observability.logging import get_logger
+from service.settings import ServerSettings, Settings
+
+_log = get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+FLUSH_TIMEOUT = 5
+"""Seconds for the last bytes of answers that are finished; readers that are slower are cut."""
+
+STOP_TIMEOUT = 10.0
+"""Seconds for the generation thread to leave its step and free the model; then the process leaves without it."""
+
+EX_CANNOT_LISTEN = 1
+
+
+class EngineControl(Protocol):
+    """What the process needs of the engine. All of it belongs to the event loop's thread."""
+
+    @property
+    def failure(self) -> ServiceError | None:
+        """Why the state is `failed`."""
+
+    def status(self) -> EngineStatus: ...
+
+    async def wait(self, *states: EngineState) -> EngineState:
+        """Wait for one of the states."""
+
+    async def start(self) -> None:
+        """Begin to load and warm; may return before that is done."""
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new work and wait for running work; what is left after `timeout` seconds ends with an error."""
+
+    async def stop(self) -> None:
+        """End the generation thread and free the model. Harmless in every state."""
+
+
+class App(Protocol):
+    """What `service.app.build` returns."""
+
+    @property
+    def asgi(self) -> Callable[..., Any]: ...
+
+    @property
+    def engine(self) -> EngineControl: ...
+
+    @property
+    def protocol(self) -> type[asyncio.Protocol]:
+        """Uvicorn's httptools protocol, with bounds."""
+
+
+def run(
+    settings: Settings,
+    build: Callable[[Settings], App] | None = None,
+    leave: Callable[[int], object] = os._exit,
+) -> int:
+    """Serve until told to stop; returns the process's exit code. Must be called on the main thread.
+
+    `leave` ends the process on the spot, for a second signal and for a generation thread that does not end.
+    """
+    try:
+        listener = listen(settings.server)
+    except OSError as error:
+        where = f"{settings.server.host}:{settings.server.port}"
+        sys.stderr.write(f"mlxd: cannot listen on {where}: {error.strerror or error}\n")
+        return EX_CANNOT_LISTEN
+    app = (build or _build)(settings)
+    server = Server(_uvicorn_config(settings, app))
+    console = Console(sys.stdout, host=settings.server.host, port=listener.getsockname()[1])
+    process = Process(server, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        return runner.run(process.run(listener))
+
+
+def _build(settings: Settings) -> App:
+    from service.app import build  # the first import of mlx
+
+    return build(settings)
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A listening socket on the configured address. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(settings.backlog)  # only listening takes the port: two may bind it with SO_REUSEADDR
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _uvicorn_config(settings: Settings, app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app.asgi,
+        interface="asgi3",
+        http=app.protocol,
+        ws="none",
+        loop="auto",  # uvloop where it is installed
+        lifespan="on",
+        backlog=settings.server.backlog,
+        timeout_keep_alive=round(settings.http.idle_timeout),
+        timeout_graceful_shutdown=FLUSH_TIMEOUT,
+        access_log=False,
+        log_config=None,
+        log_level="warning",  # its milestones are ours too, and better told
+        server_header=False,
+        proxy_headers=False,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server without its signal handling, which closes the listener first and dies by the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class Process:
+    """One run of the service, from a listening socket to an exit code."""
+
+    def __init__(
+        self,
+        server: Server,
+        engine: EngineControl,
+        console: Console,
+        *,
+        drain_timeout: float,
+        leave: Callable[[int], object],
+    ) -> None:
+        self._server = server
+        self._engine = engine
+        self._console = console
+        self._drain_timeout = drain_timeout
+        self._leave = leave
+        self._draining: asyncio.Task[None] | None = None
+        self._exit_code = os.EX_OK
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve on `listener` until a signal or a failed engine ends it; returns the exit code."""
+        _log.info("listening", url=self._console.url)
+        with self._signals():
+            await self._engine.start()
+            beside = [
+                asyncio.create_task(self._console.follow(self._engine.status), name="console"),
+                asyncio.create_task(self._end_with_engine(), name="end-with-engine"),
+            ]
+            try:
+                await self._server.serve(sockets=[listener])
+            except SystemExit:  # uvicorn's way to say that the application's start-up failed; it has logged why
+                self._exit_code = os.EX_SOFTWARE
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
+            await self._stop()
+        _log.info("stopped", exit_code=self._exit_code)
+        return self._exit_code
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._draining is not None or self._server.should_exit:
+            _log.warning("forced_exit", signal=number.name)
+            self._leave_now(128 + number)
+            return
+        self._draining = asyncio.create_task(self._drain(), name="drain")
+        _log.info("draining", signal=number.name, timeout=self._drain_timeout)
+        self._console.draining(self._engine.status(), self._drain_timeout)
+
+    async def _drain(self) -> None:
+        """Let running work end while the listener still answers 503 to new work; then let uvicorn go."""
+        try:
+            async with asyncio.timeout(self._drain_timeout + FLUSH_TIMEOUT):
+                await self._engine.drain(self._drain_timeout)
+        except TimeoutError:
+            _log.error("drain_overdue", timeout=self._drain_timeout)
+        finally:
+            self._server.should_exit = True
+
+    async def _end_with_engine(self) -> None:
+        """When the engine is lost, let the answers that it left behind go out, then end with its code."""
+        await self._engine.wait(EngineState.FAILED)
+        missing = isinstance(self._engine.failure, ModelUnavailable)
+        self._exit_code = os.EX_UNAVAILABLE if missing else os.EX_SOFTWARE
+        self._console.failed(self._engine.status())
+        self._server.should_exit = True
+
+    async def _stop(self) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await self._engine.stop()
+        except TimeoutError:
+            _log.error("engine_stop_overdue", timeout=STOP_TIMEOUT)
+            self._leave_now(self._exit_code)  # the thread is lost either way: loading, or wedged in a step
+
+    def _leave_now(self, code: int) -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._leave(code)

@@ -1,0 +1,98 @@
+"""What every kind of test shares: counts that `make soak` raises, loud skips, and no configuration from outside."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+from service.engine.models import resolve
+from tests.tiny import make_tiny_llama
+
+pytest_plugins = ["tests.real_model"]
+ROOT = Path(__file__).parent.parent
+COUNTS = pytest.StashKey[dict[str, int]]()
+
+hypothesis_settings.register_profile("normal", deadline=None, database=None)
+hypothesis_settings.register_profile("full", deadline=None, database=None, max_examples=2000)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-counts", action="store_true", help="run the long variants (`make soak`)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COUNTS] = {}
+    hypothesis_settings.load_profile("full" if config.getoption("full_counts") else "normal")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    counts = config.stash[COUNTS]
+    if counts:
+        terminalreporter.section("counts (make soak raises them)")
+        for name, count in sorted(counts.items()):
+            terminalreporter.line(f"{name}: {count}")
+
+
+@pytest.fixture(scope="session")
+def count(pytestconfig: pytest.Config) -> Callable[[str, int, int], int]:
+    """`count(name, normal, full)` says how often to do something, and prints it at the end."""
+
+    def chosen(name: str, normal: int, full: int) -> int:
+        number = full if pytestconfig.getoption("full_counts") else normal
+        pytestconfig.stash[COUNTS][name] = number
+        return number
+
+    return chosen
+
+
+def require(present: object, what: str) -> None:
+    """Skip, saying what to install, where something is not `present`; with CI set that is a failure."""
+    if present:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"needs {what}, which CI must have")
+    pytest.skip(f"NOT TESTED HERE: needs {what}")
+
+
+@pytest.fixture
+def need_command() -> Callable[[str, str], str]:
+    """`need_command(name, package)` is the path of a command, or a loud skip."""
+
+    def find(name: str, package: str) -> str:
+        found = shutil.which(name)
+        require(found, f"{name} (apt-get install {package})")
+        return str(found)
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("MLXD_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def state_dir() -> Path:
+    """The checkout's own state directory, where the demo model is kept between runs."""
+    return ROOT / ".state"
+
+
+@pytest.fixture(scope="session")
+def demo_model_dir(state_dir: Path) -> Path:
+    """The converted demo model; the first run of a checkout fetches it."""
+    return resolve("demo", state_dir=state_dir, offline=False).path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two layers, a millisecond a step."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")

@@ -1,0 +1,125 @@
+"""Time, with the real model: bounded steps, no cold start after readiness, and a loop that always answers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from service.engine.backend import Row
+from service.engine.generation import SamplingParams
+from service.engine.mlx_backend import MlxBackend
+from service.settings import Settings
+from tests.serving import Served
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.mark.timeout(600)
+def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
+    demo_settings: Settings, demo_model_dir: object, count: Callable[[str, int, int], int]
+) -> None:
+    """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here."""
+    length = count("bounded step: tokens of each of 8 prompts", 2000, 4000)
+    backend = MlxBackend(demo_settings)
+    backend.load()
+    backend.warm_up(lambda *_: None)
+    rng = random.Random(5)
+    for uid in range(8):
+        prompt = tuple(rng.randrange(100, 40_000) for _ in range(length))
+        backend.insert(Row(uid=uid, prompt=prompt, max_tokens=200, sampling=SamplingParams(temperature=0), tenant="t"))
+    seconds: list[float] = []
+    prefilled = 0
+    while prefilled < 8 * length:
+        began = time.perf_counter()
+        prefilled += backend.step().prefill_tokens
+        seconds.append(time.perf_counter() - began)
+    backend.close()
+    seconds.sort()
+    longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
+    median = statistics.median(seconds)
+    print(f"bounded step: longest {longest:.3f} s, p99 {p99:.3f} s, median {median:.3f} s, {len(seconds)} steps")
+    assert p99 <= demo_settings.engine.step_target
+    assert longest <= 2 * demo_settings.engine.step_target
+
+
+async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_demo: Served) -> None:
+    """Prompts differ, are equally long, and share no prefix; at one row and at the full batch."""
+    rng = random.Random(6)
+    rows = fresh_demo.app.engine.settings.max_rows
+
+    async def total(client: httpx.AsyncClient, at_once: int) -> float:
+        prompts = [[rng.randrange(100, 40_000) for _ in range(32)] for _ in range(at_once)]
+        began = time.perf_counter()
+        for answer in await asyncio.gather(
+            *(
+                client.post(
+                    f"{fresh_demo.url}/v1/completions",
+                    json={
+                        "model": "default",
+                        "prompt": prompt,
+                        "max_tokens": 16,
+                        "temperature": 0,
+                        "logit_bias": {"0": -100, "2": -100},
+                    },
+                )
+                for prompt in prompts
+            )
+        ):
+            assert answer.status_code == 200, answer.text
+        return time.perf_counter() - began
+
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=100)) as client:
+        for at_once in (1, rows):
+            first, second = await total(client, at_once), await total(client, at_once)
+            print(f"first / second request at {at_once} rows: {first:.3f} s / {second:.3f} s = {first / second:.2f}")
+            assert first <= 1.2 * second
+
+
+async def test_health_answers_within_ten_milliseconds_while_32_streams_run(demo: Served) -> None:
+    """The naive service that calls mlx-lm in an async handler took up to 18 s."""
+    limits = httpx.Limits(max_connections=100)
+    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        body = {"prompt": "Once upon a time", "max_tokens": 400, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+        going = asyncio.Event()
+        flowing = 0
+
+        async def one() -> None:
+            nonlocal flowing
+            async with client.stream("POST", f"{demo.url}/generate", json=body) as answer:
+                async for _ in answer.aiter_lines():
+                    flowing += 1
+                    if flowing > 32:
+                        going.set()
+
+        streams = [asyncio.create_task(one()) for _ in range(32)]
+        await asyncio.wait_for(going.wait(), 120)
+        taken = await asyncio.to_thread(probe, demo.url, 300)
+        assert demo.app.engine.status().running + demo.app.engine.status().waiting == 32
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    await demo.settled(60)
+    taken.sort()
+    p99 = taken[int(len(taken) * 0.99)]
+    median, longest = statistics.median(taken), taken[-1]
+    print(f"health with 32 streams: p50 {median * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms, max {longest * 1e3:.2f} ms")
+    assert p99 < 0.010
+
+
+def probe(url: str, times: int) -> list[float]:
+    """Seconds of each of `times` calls of `/health`, on one connection."""
+    taken = []
+    with httpx.Client() as client:
+        client.get(f"{url}/health")
+        for _ in range(times):
+            began = time.perf_counter()
+            assert client.get(f"{url}/health").json() == {"status": "ok", "model_loaded": True}
+            taken.append(time.perf_counter() - began)
+            time.sleep(0.01)
+    return taken

@@ -1,0 +1,128 @@
+"""The house rules of the design, as tests without an allow-list.
+
+That the detectors find what they look for is shown in test_architecture_detectors.py.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from service.app import build
+from service.settings import Settings, keys
+from tests import architecture
+from tests.conftest import ROOT
+
+SOURCES = architecture.read_sources(ROOT / "service")
+
+LAYERS = (  # from top to bottom; a module imports only from lower lines and from its own package
+    {"__main__"},
+    {"cli"},
+    {"serve"},
+    {"app", "console"},
+    {"api"},
+    {"inference"},
+    {"engine", "auth", "limits"},
+    {"storage"},
+    {"errors", "settings", "observability"},
+)
+ALLOWED_SIBLINGS = {("limits", "auth.principal")}
+
+ENGINE_ON_MLX = [
+    f"engine/{name}.py"
+    for name in (
+        *("mlx_backend", "batches", "sampling", "prefix_cache"),
+        *("models", "demo_model", "loading", "warmup"),
+    )
+]
+FENCES = {
+    "mlx": ENGINE_ON_MLX,
+    "mlx_lm": ENGINE_ON_MLX,
+    "fastapi": ["api/", "app.py"],
+    "starlette": ["api/", "app.py"],
+    "uvicorn": ["serve.py", "api/protocol.py"],
+    "httptools": ["api/protocol.py"],
+    "slowapi": ["limits/"],
+    "limits": ["limits/"],
+    "jose": ["auth/jwt.py"],
+    "sqlalchemy": ["storage/"],
+    "sqlite3": ["storage/"],
+}
+
+BROAD_EXCEPTS = {
+    "engine/worker.py": 2,  # the step, and the canary that judges after it
+    "engine/batches.py": 1,  # one row's processors
+    "api/middleware/context.py": 1,  # the last resort
+    "auth/jwt.py": 1,  # verification of what a stranger sent
+    "engine/watchdog.py": 1,  # the dump before the end
+    "storage/": 1,  # the storage thread, which hands over to who waits
+}
+HAND_OVER = {"engine/batches.py"}  # the worker logs and counts what the batch collected
+
+PUBLIC = {"/", "/health", "/livez", "/readyz"}
+
+
+ONE_PLACE = {  # what a reader finds in exactly one file; None where that file is not written yet
+    r"\[DONE\]": "api/sse.py",
+    r"BatchGenerator\b|class \w+\(PromptProcessingBatch\)": "engine/batches.py",
+    r"[\"']error[\"']: \{": "api/errors.py",
+    r"^(?:from|import) jose\b": None,
+    r"slowapi": None,
+    r"sqlite3": None,
+    r"os\.environ": "settings.py",
+}
+
+
+def check(findings: Iterable[str]) -> None:
+    found = list(findings)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_imports_point_down_only() -> None:
+    check(architecture.layer_violations(SOURCES, LAYERS, ALLOWED_SIBLINGS))
+
+
+def test_third_parties_stay_inside_their_fences() -> None:
+    check(architecture.fence_violations(SOURCES, FENCES))
+
+
+def test_only_settings_reads_the_environment() -> None:
+    check(architecture.environment_readers(SOURCES, ["settings.py"]))
+
+
+def test_files_have_at_most_300_lines_and_functions_40() -> None:
+    check(architecture.oversized(SOURCES, lines=300, function=40))
+
+
+def test_no_module_or_class_holds_mutable_state() -> None:
+    check(architecture.shared_state(SOURCES))
+
+
+def test_broad_excepts_are_only_in_the_named_places_and_honest() -> None:
+    check(architecture.broad_excepts(SOURCES, BROAD_EXCEPTS, HAND_OVER))
+
+
+@pytest.mark.parametrize(("pattern", "place"), ONE_PLACE.items())
+def test_what_belongs_into_one_file_is_in_that_file(pattern: str, place: str | None) -> None:
+    found = {source.path for source in SOURCES if re.search(pattern, architecture.code(source), re.MULTILINE)}
+    assert found == ({place} if place else set())
+
+
+def test_every_route_needs_a_principal_or_is_public(tmp_path: Path) -> None:
+    app = build(Settings.load(None, {"server.state_dir": tmp_path}))
+    assert isinstance(app.asgi, FastAPI)
+    assert list(architecture.open_routes(app.asgi.routes, PUBLIC)) == []
+
+
+def test_every_metric_is_documented() -> None:
+    names = set(re.findall(r'"(mlxd_[a-z_]+)"', (ROOT / "service/observability/metrics.py").read_text("utf-8")))
+    documented = (ROOT / "docs/metrics.md").read_text("utf-8")
+    assert names
+    assert [name for name in sorted(names) if name not in documented] == []
+
+
+def test_every_setting_is_documented() -> None:
+    documented = (ROOT / "docs/configuration.md").read_text("utf-8")
+    assert [name for name in keys() if f"| `{name}` |" not in documented] == []

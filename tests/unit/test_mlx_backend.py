@@ -1,0 +1,290 @@
+"""The real backend on tiny random models: the same tokens as mlx-lm alone, isolation, memory, and limits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models import llama
+from mlx_lm.models.cache import ConcatenateKVCache
+from mlx_lm.utils import load_tokenizer
+
+from service.engine.backend import Row, StepResult
+from service.engine.generation import FinishReason, SamplingParams
+from service.engine.mlx_backend import MlxBackend
+from service.settings import Settings
+from tests.tiny import make_tiny_llama
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def loaded(folder: Path, **engine: Any) -> MlxBackend:
+    options: dict[str, Any] = {"max_rows": 8, "memory_budget": 1 << 30, **engine}
+    backend = MlxBackend(Settings(model={"reference": str(folder)}, engine=options))
+    backend.load()
+    return backend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def backend(folder: Path) -> Iterator[MlxBackend]:
+    made = loaded(folder)
+    yield made
+    made.close()
+
+
+def row(
+    uid: int, prompt: Sequence[int], *, max_tokens: int = 12, sampling: SamplingParams = GREEDY, tenant: str = "t"
+) -> Row:
+    return Row(uid=uid, prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, tenant=tenant)
+
+
+def finish(backend: MlxBackend, count: int) -> tuple[dict[int, list[int]], list[StepResult]]:
+    """Step until `count` rows have ended; returns (tokens by row, all step results)."""
+    tokens: dict[int, list[int]] = {}
+    results = []
+    ended = 0
+    while ended < count:
+        results.append(backend.step())
+        for token in results[-1].tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+            ended += token.finish_reason is not None
+        ended += len(results[-1].failed)
+        assert len(results) < 5000
+    return tokens, results
+
+
+def alone(backend: MlxBackend, folder: Path, prompt: Sequence[int], max_tokens: int = 12) -> list[int]:
+    """What mlx-lm's own generation says."""
+    tokenizer = load_tokenizer(folder, eos_token_ids=[2])
+    replies = mlx_lm.stream_generate(backend.model, tokenizer, list(prompt), max_tokens=max_tokens)
+    return [reply.token for reply in replies]
+
+
+def prompts(count: int, seed: int = 1) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 259) for _ in range(rng.choice([1, 2, 5, 40, 300, 700]))] for _ in range(count)]
+
+
+def test_batched_rows_of_mixed_lengths_equal_mlx_lm_alone(backend: MlxBackend, folder: Path) -> None:
+    asked = prompts(8)
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt))
+    tokens, _ = finish(backend, len(asked))
+    assert tokens == {uid: alone(backend, folder, prompt) for uid, prompt in enumerate(asked)}
+
+
+def test_late_joins_and_cached_prefixes_equal_mlx_lm_alone(backend: MlxBackend, folder: Path) -> None:
+    base = prompts(1, seed=5)[0] * 2 + [7] * 60
+    backend.insert(row(0, base))
+    finish(backend, 1)
+    asked = [[*base, 9, 10], base, base[:40], [*base[:30], 200, 201], [50, 51]]
+    backend.insert(row(1, asked[0], max_tokens=12))
+    started = [*backend.step().started, *backend.step().started]
+    for uid, prompt in enumerate(asked[1:], 2):
+        backend.insert(row(uid, prompt))
+    tokens, results = finish(backend, len(asked))
+    cached = dict(started + [pair for result in results for pair in result.started])
+    assert cached[1] >= len(base)
+    assert 0 < cached[2] < len(base)
+    assert cached[5] == 0
+    for uid, prompt in enumerate(asked, 1):
+        assert tokens[uid] == alone(backend, folder, prompt)[-len(tokens[uid]) :]
+
+
+def test_removed_rows_leave_no_trace_in_the_others(backend: MlxBackend, folder: Path) -> None:
+    asked = prompts(6, seed=3)
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt))
+    gone = {1, 4}
+    tokens: dict[int, list[int]] = {}
+    for number in range(400):
+        for token in backend.step().tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+        if number == 4:
+            backend.remove(gone)
+    kept = {uid: tokens[uid] for uid in range(len(asked)) if uid not in gone}
+    assert kept == {uid: alone(backend, folder, asked[uid]) for uid in kept}
+    assert backend.memory().prefix_entries <= len(kept)
+
+
+def test_rows_can_be_removed_before_and_during_prefill(backend: MlxBackend) -> None:
+    backend.insert(row(1, [5] * 3000))
+    backend.insert(row(2, [6] * 100))
+    backend.remove([2])
+    backend.step()
+    backend.remove([1])
+    assert backend.step().tokens == []
+    backend.insert(row(3, [5, 6]))
+    tokens, _ = finish(backend, 1)
+    assert list(tokens) == [3]
+
+
+def test_a_row_ended_by_the_engine_can_leave_its_prefix(backend: MlxBackend) -> None:
+    backend.insert(row(1, [5] * 50))
+    while not backend.step().tokens:
+        pass
+    backend.remove([1], keep_prefix=True)
+    assert backend.memory().prefix_entries == 1
+    backend.rebuild()
+    assert backend.memory().prefix_entries == 0
+
+
+def test_one_rows_processor_or_sampler_fails_alone(backend: MlxBackend, folder: Path) -> None:
+    asked = prompts(4, seed=9)
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt, sampling=SamplingParams(temperature=0, presence_penalty=1e-9)))
+
+    def broken(*_: mx.array) -> mx.array:
+        raise ValueError("scripted")
+
+    backend._waiting[1].processors = broken  # type: ignore[assignment]
+    backend._waiting[2].sampler = broken
+    tokens, results = finish(backend, 4)
+    failed = [uid for result in results for uid, _ in result.failed]
+    assert sorted(failed) == [1, 2]
+    assert tokens[0] == alone(backend, folder, asked[0])
+    assert tokens[3] == alone(backend, folder, asked[3])
+
+
+def test_a_shared_sampler_that_fails_is_tried_row_by_row(backend: MlxBackend) -> None:
+    def only_alone(logprobs: mx.array) -> mx.array:
+        if logprobs.shape[0] > 1:
+            raise ValueError("scripted")
+        return mx.argmax(logprobs, axis=-1)
+
+    for uid in range(3):
+        backend.insert(row(uid, [5 + uid]))
+        backend._waiting[-1].sampler = only_alone
+    tokens, results = finish(backend, 3)
+    assert len(tokens) == 3
+    assert not any(result.failed for result in results)
+
+
+def test_a_seed_repeats_itself_whatever_runs_beside_it(backend: MlxBackend) -> None:
+    seeded = SamplingParams(temperature=1.0, seed=7, top_p=0.95, top_k=50, min_p=0.01)
+    backend.insert(row(0, [5, 6, 7], sampling=seeded))
+    first = finish(backend, 1)[0][0]
+    backend.rebuild()
+    for uid, prompt in enumerate(prompts(5, seed=2), 10):
+        backend.insert(row(uid, prompt, sampling=SamplingParams(temperature=0.9)))
+    backend.insert(row(1, [5, 6, 7], sampling=seeded))
+    assert finish(backend, 6)[0][1] == first
+    backend.insert(
+        row(2, [5, 6, 7], sampling=SamplingParams(temperature=1.0, seed=8, top_p=0.95, top_k=50, min_p=0.01))
+    )
+    assert finish(backend, 1)[0][2] != first
+
+
+def test_end_of_sequence_ends_a_row(backend: MlxBackend) -> None:
+    bias = SamplingParams(temperature=0, logit_bias=((2, 100.0),))
+    backend.insert(row(0, [5, 6], sampling=bias))
+    _, results = finish(backend, 1)
+    (token,) = results[-1].tokens
+    assert (token.token, token.finish_reason) == (2, FinishReason.STOP)
+
+
+class Unmergeable(ConcatenateKVCache):  # type: ignore[misc]
+    """mlx-lm has caches without `merge`; this is one of them."""
+
+
+def test_caches_that_cannot_be_merged_still_work_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts(3, seed=4)
+    reference = loaded(folder)
+    expected = [alone(reference, folder, prompt) for prompt in asked]
+    monkeypatch.setattr(llama.Model, "make_cache", lambda self: [Unmergeable() for _ in self.layers], raising=False)
+    backend = loaded(folder)
+    assert not backend.info.batchable
+    assert backend.max_rows == 1
+    backend.warm_up(lambda *_: None)
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt))
+        tokens, _ = finish(backend, 1)
+        assert tokens[uid] == expected[uid]
+
+
+def test_warm_up_reports_progress_and_leaves_nothing_behind(backend: MlxBackend) -> None:
+    seen: list[tuple[str, int, int]] = []
+    before = backend.memory().active
+    backend.warm_up(lambda what, done, total: seen.append((what, done, total)))
+    assert [done for _, done, _ in seen] == list(range(len(seen)))
+    assert backend.pacer.costs.prefill_token > 0
+    mx.clear_cache()
+    assert backend.memory().active <= before * 1.01
+
+
+@pytest.mark.parametrize("configured", [0, 123456789])
+def test_the_wired_limit_is_never_raised_unless_configured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, configured: int
+) -> None:
+    calls: list[int] = []
+
+    def set_wired_limit(limit: int) -> int:
+        calls.append(limit)
+        return 0
+
+    device = {"max_recommended_working_set_size": 1 << 34, "memory_size": 1 << 34}
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    monkeypatch.setattr(mx, "device_info", lambda *_: device)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    backend = loaded(folder, wired_limit=configured)
+    backend.warm_up(lambda *_: None)
+    backend.insert(row(0, [5, 6]))
+    finish(backend, 1)
+    reference_model = backend.model
+    backend.close()
+    assert calls == ([configured] if configured else [])
+    BatchGenerator(reference_model).close()
+    assert len(calls) > bool(configured), "the recorder sees what mlx-lm's own generator does"
+
+
+def test_the_prefix_cache_keeps_its_bytes_of_real_memory(folder: Path) -> None:
+    backend = loaded(folder, memory_budget=64 << 20, prefix_cache_fraction=0.05)
+    limit = int((64 << 20) * 0.05)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for uid in range(40):
+        backend.insert(row(uid, [3 + uid] * 300, max_tokens=3))
+        finish(backend, 1)
+        assert backend.memory().prefix_cache <= limit
+    backend._decode = backend._prefill = None
+    assert backend.memory().prefix_entries > 1
+    assert mx.get_active_memory() - before <= limit * 1.1
+    backend.make_room(0)
+    assert backend.memory().prefix_cache == 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 900), min_size=1, max_size=8),
+    outputs=st.integers(1, 300),
+    chunk=st.sampled_from([64, 256, 1024]),
+)
+@hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_measured_peak_never_exceeds_the_estimate(
+    folder: Path, lengths: list[int], outputs: int, chunk: int
+) -> None:
+    backend = loaded(folder, max_prefill_chunk=chunk)
+    asked = [row(uid, [3 + uid] * length, max_tokens=outputs) for uid, length in enumerate(lengths)]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    backend.make_room(0)
+    for one in asked:
+        backend.insert(one)
+    ended = 0
+    while ended < len(asked):
+        ended += sum(token.finish_reason is not None for token in backend.step().tokens)
+    estimate = backend.info.memory.peak_bytes([len(one.prompt) + one.max_tokens for one in asked])
+    assert mx.get_peak_memory() - before <= estimate
+    backend.close()
