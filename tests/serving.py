@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,6 +50,20 @@ class Served:
         async with asyncio.timeout(timeout):
             while not self.books_closed():
                 await asyncio.sleep(0.005)
+
+
+@contextmanager
+def process(state_dir: Path, **overrides: str) -> Iterator[str]:
+    """`mlxd serve` with the demo model as a process of its own; yields its URL once it is ready."""
+    environment = {**os.environ, "MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), **overrides}
+    command = [sys.executable, "-m", "service", "serve", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            yield next(found[0] for line in running.stdout if (found := re.search(r"http://[^;\s]+", line)))
+        finally:
+            running.terminate()
+            assert running.wait(60) == 0
 
 
 @contextmanager

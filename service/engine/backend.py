@@ -105,4 +105,4 @@ class Backend(Protocol):
         """Current memory figures; cheap."""
 
     def close(self) -> None:
-        """Free the model and every array. The backend is not used afterwards."""
+        """Free the model and every array, whatever state they are in. The backend is not used afterwards."""

@@ -11,6 +11,8 @@ say arrives on the loop by `call_soon_threadsafe`.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,12 @@ from service.settings import EngineSettings
 
 RETRY_LOADING = 5.0
 """Seconds after which a client may ask again while the model loads."""
+
+LOOP_WAITS = 0.001
+"""Seconds for which Python code on the generation thread may keep the interpreter from the event loop."""
+
+NICENESS = 10
+"""Of the generation thread and those that mlx starts from it (Linux, where niceness belongs to a thread)."""
 
 
 class _StoppedLoading(Exception):
@@ -178,6 +186,7 @@ class Engine:
     # -- the generation thread ----------------------------------------------------------------------------
 
     def _main(self) -> None:
+        _give_way()
         error: ServiceError = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         clean = False
         try:
@@ -196,6 +205,7 @@ class Engine:
                 self._worker.fail_all(Draining("The service is shutting down.") if clean else error)
             if not clean:
                 self._tell(lambda: self._fail(error))
+            self._backend.close()
 
     def _serve(self) -> None:
         info = self.info = self._backend.load()
@@ -211,7 +221,6 @@ class Engine:
         )
         self._report(EngineState.READY, "ready")
         self._worker.run()
-        self._backend.close()
 
     def _report(self, state: EngineState, detail: str) -> None:
         """Tell the loop how far loading is; ends loading when the service stops meanwhile."""
@@ -254,3 +263,10 @@ class Engine:
         """Wake everybody who waits for a change; each looks for itself."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _give_way() -> None:
+    """Let the event loop run first where both want the CPU: on mlx's CPU backend this thread takes all it gets."""
+    sys.setswitchinterval(LOOP_WAITS)
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

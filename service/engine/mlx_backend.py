@@ -46,6 +46,8 @@ class MlxBackend:
         self._prefill: PrefillBatch | None = None
         self._decode: DecodeBatch | None = None
         self._copying: list[Any] = []
+        self._prefixes = PrefixCache(limit=0)
+        self.model: Any = None
         self.pacer = Pacer(target=settings.engine.step_target, largest=settings.engine.max_prefill_chunk)
 
     def load(self) -> ModelInfo:
@@ -222,6 +224,7 @@ class MlxBackend:
         gone = set(uids)
         if not gone:
             return
+        self._copying.clear()
         self._waiting = deque(state for state in self._waiting if state.row.uid not in gone)
         if self._prefill is not None and gone.intersection(self._prefill.uids):
             self._prefill.filter([i for i, uid in enumerate(self._prefill.uids) if uid not in gone])
@@ -258,7 +261,11 @@ class MlxBackend:
         )
 
     def close(self) -> None:
-        """Free rows, prefixes, weights and mlx's buffer pool."""
+        """Free rows, prefixes, weights and mlx's buffer pool, and end mlx's streams of this thread.
+
+        A thread that ends with streams of its own left aborts the process at exit (seen with mlx 0.32.4).
+        """
+        self.model = None
         self.rebuild()
-        del self.model
-        mx.clear_cache()
+        mx.synchronize()
+        mx.clear_streams()

@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from service.engine.backend import Row
 from service.engine.generation import SamplingParams
 from service.engine.mlx_backend import MlxBackend
 from service.settings import Settings
-from tests.serving import Served
+from tests.serving import Served, process
 
 pytestmark = pytest.mark.real_model
 
@@ -32,14 +33,14 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     rng = random.Random(5)
     for uid in range(8):
         prompt = tuple(rng.randrange(100, 40_000) for _ in range(length))
-        backend.insert(Row(uid=uid, prompt=prompt, max_tokens=200, sampling=SamplingParams(temperature=0), tenant="t"))
+        backend.insert(Row(uid=uid, prompt=prompt, max_tokens=16, sampling=SamplingParams(temperature=0), tenant="t"))
     seconds: list[float] = []
     prefilled = 0
     while prefilled < 8 * length:
         began = time.perf_counter()
         prefilled += backend.step().prefill_tokens
         seconds.append(time.perf_counter() - began)
-    backend.close()
+    backend.rebuild()
     seconds.sort()
     longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
     median = statistics.median(seconds)
@@ -81,34 +82,32 @@ async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_
             assert first <= 1.2 * second
 
 
-async def test_health_answers_within_ten_milliseconds_while_32_streams_run(demo: Served) -> None:
+async def test_health_answers_within_ten_milliseconds_while_32_streams_run(
+    state_dir: Path, demo_model_dir: Path
+) -> None:
     """The naive service that calls mlx-lm in an async handler took up to 18 s."""
-    limits = httpx.Limits(max_connections=100)
-    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
-        body = {"prompt": "Once upon a time", "max_tokens": 400, "stream": True, "logit_bias": {"0": -100, "2": -100}}
-        going = asyncio.Event()
-        flowing = 0
+    body = {"prompt": "Once upon a time", "max_tokens": 400, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    flowing: set[int] = set()
+    going = asyncio.Event()
 
-        async def one() -> None:
-            nonlocal flowing
-            async with client.stream("POST", f"{demo.url}/generate", json=body) as answer:
-                async for _ in answer.aiter_lines():
-                    flowing += 1
-                    if flowing > 32:
-                        going.set()
+    async def one(client: httpx.AsyncClient, url: str, number: int) -> None:
+        async with client.stream("POST", f"{url}/generate", json=body) as answer:
+            async for _ in answer.aiter_lines():
+                flowing.add(number)
+                if len(flowing) == 32:
+                    going.set()
 
-        streams = [asyncio.create_task(one()) for _ in range(32)]
-        await asyncio.wait_for(going.wait(), 120)
-        taken = await asyncio.to_thread(probe, demo.url, 300)
-        assert demo.app.engine.status().running + demo.app.engine.status().waiting == 32
-        for stream in streams:
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-    await demo.settled(60)
-    taken.sort()
+    with process(state_dir) as url:
+        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=100)) as client:
+            streams = [asyncio.create_task(one(client, url, number)) for number in range(32)]
+            await asyncio.wait_for(going.wait(), 120)
+            taken = sorted(await asyncio.to_thread(probe, url, 400))
+            assert not any(stream.done() for stream in streams), "all 32 ran all the time"
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
     p99 = taken[int(len(taken) * 0.99)]
-    median, longest = statistics.median(taken), taken[-1]
-    print(f"health with 32 streams: p50 {median * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms, max {longest * 1e3:.2f} ms")
+    print(f"health, 32 streams: p50 {taken[200] * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms, max {taken[-1] * 1e3:.2f} ms")
     assert p99 < 0.010
 
 

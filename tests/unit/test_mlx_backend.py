@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backend(folder: Path) -> Iterator[MlxBackend]:
     made = loaded(folder)
     yield made
-    made.close()
+    made.rebuild()
 
 
 def row(
@@ -243,7 +243,7 @@ def test_the_wired_limit_is_never_raised_unless_configured(
     backend.insert(row(0, [5, 6]))
     finish(backend, 1)
     reference_model = backend.model
-    backend.close()
+    backend.rebuild()
     assert calls == ([configured] if configured else [])
     BatchGenerator(reference_model).close()
     assert len(calls) > bool(configured), "the recorder sees what mlx-lm's own generator does"
@@ -287,4 +287,4 @@ def test_the_measured_peak_never_exceeds_the_estimate(
         ended += sum(token.finish_reason is not None for token in backend.step().tokens)
     estimate = backend.info.memory.peak_bytes([len(one.prompt) + one.max_tokens for one in asked])
     assert mx.get_peak_memory() - before <= estimate
-    backend.close()
+    backend.rebuild()
