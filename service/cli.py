@@ -86,9 +86,9 @@ def serve(
     """Start the service in the foreground."""
     settings = _settings(context, {"server.host": host, "server.port": port})
     _prepare(settings)
-    from service.serve import run
+    from service.serve import leave_now, run
 
-    raise typer.Exit(run(settings))
+    leave_now(run(settings))
 
 
 def model_fetch(context: typer.Context) -> None:

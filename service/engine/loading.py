@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,10 +114,9 @@ def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
         )
     small, large = make_prompt_cache(loaded.model), make_prompt_cache(loaded.model)
     _forward(loaded, small, 1)
-    first = _forward(loaded, large, PROBE)
+    _forward(loaded, large, PROBE)
     groups, fixed = _layer_costs(small, large)
-    second = _forward(loaded, large, PROBE)
-    position, score = _activation_costs(first, second)
+    position, score = _activation_costs(loaded, min(settings.engine.max_prefill_chunk, loaded.context_length // 2))
     return MemoryModel(
         budget=budget,
         layers=groups,
@@ -130,6 +130,12 @@ def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
 
 PROBE = KV_STEP + 1
 """Positions of a measuring chunk: the first number for which a cache needs its second step."""
+
+PROBE_SECONDS = 0.2
+"""Measuring goes on to chunks twice as large while two of them take less."""
+
+MARGIN = 1.25
+"""Factor on measured activations, for what one measurement did not see."""
 
 LOGITS_COPIES = 8
 """Float32 copies of a row's logits that may be alive while a token is drawn: raw, biased, penalised,
@@ -158,7 +164,28 @@ def _layer_costs(small: Sequence[Any], large: Sequence[Any]) -> tuple[tuple[Laye
     return tuple(LayerGroup(cost, window) for window, cost in by_window.items()), fixed
 
 
-def _activation_costs(first: int, second: int) -> tuple[int, float]:
-    """(bytes a position, bytes a position and context token) from two chunks of PROBE positions in a row."""
-    score = max(0.0, (second - first) / PROBE / PROBE)
-    return int(max(first / PROBE - PROBE * score, 0)) + 1, score
+def _activation_costs(loaded: LoadedModel, largest: int) -> tuple[int, float]:
+    """(bytes a position, bytes a position and context token) from two chunks in a row, as large as time allows.
+
+    Small chunks understate: a GPU has several layers' buffers alive at once, and other kernels for them.
+    """
+    size = PROBE
+    first, second, seconds = _two_chunks(loaded, size)
+    while seconds < PROBE_SECONDS and size * 2 <= largest:
+        size *= 2
+        _two_chunks(loaded, size)  # the first use of a size compiles its kernels
+        first, second, seconds = _two_chunks(loaded, size)
+    score = max(0.0, (second - first) / size / size)
+    return int(MARGIN * max(first / size - size * score, 0)) + 1, MARGIN * score
+
+
+def _two_chunks(loaded: LoadedModel, size: int) -> tuple[int, int, float]:
+    """(peak bytes of a chunk, peak bytes of the next one, seconds of both)."""
+    cache = make_prompt_cache(loaded.model)
+    if all(hasattr(layer, "merge") for layer in cache):
+        # As rows run: a batched cache brings a mask array, and with it kernels that may hold all scores.
+        cache = [layer.merge([layer]) for layer in cache]
+    began = time.perf_counter()
+    first = _forward(loaded, cache, size)
+    second = _forward(loaded, cache, size)
+    return first, second, time.perf_counter() - began

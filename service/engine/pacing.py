@@ -111,8 +111,8 @@ class Pacer:
 
     def room(self, load: Load) -> int:
         """Positions that a new cohort may have to be prefilled in one step beside the live rows."""
-        beside = self.target * HEADROOM - self.decode_seconds(load.rows, load.context) if load.rows else self.target
-        return self._chunk(beside, 0)
+        decode = self.decode_seconds(load.rows, load.context) if load.rows else 0.0
+        return self._chunk(self.target * HEADROOM - decode, 0)
 
     def _chunk(self, seconds: float, context: int) -> int:
         """The largest power of two of positions, from the smallest chunk on, that takes at most `seconds`."""

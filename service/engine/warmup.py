@@ -32,6 +32,17 @@ NOISE = 0.02
 DECODE_STEPS = 3
 SHORT_PROMPT = 4
 
+MOST_REPEATS = 4
+"""Repeats after which a shape that still gets faster is left to traffic."""
+
+REHEARSED = 1.1
+"""Ratio of two rehearsals below which the first counts as warm; traffic may see 1.2."""
+
+REHEARSAL = 0.4
+"""Seconds that the prompt and the output of one rehearsed request may each take, within real sizes."""
+
+REAL_PROMPT, REAL_OUTPUT = 160, 64
+
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = (
     SamplingParams(temperature=0.7),
@@ -50,7 +61,7 @@ class Warmup:
 
     def run(self, progress: Callable[[str, int, int], None]) -> StepCosts:
         """Run all families, `progress(what, done, total)` before each; returns the measured costs."""
-        stages = ("prefill", "decode", *(f"sampling {number}" for number in range(1, len(SAMPLED) + 1)))
+        stages = ("prefill", "decode", *(f"sampling {number}" for number in range(1, len(SAMPLED) + 1)), "rehearsal")
         progress(stages[0], 0, len(stages))
         costs = self._prefills()
         progress(stages[1], 1, len(stages))
@@ -58,29 +69,64 @@ class Warmup:
         for done, params in enumerate(SAMPLED, 2):
             progress(stages[done], done, len(stages))
             self._decode_sizes([1, self._backend.max_rows], params)
+        progress(stages[-1], len(stages) - 1, len(stages))
+        self._backend.pacer.calibrate(costs)
+        if self._cold_rehearsal(1, costs):
+            self._cold_rehearsal(self._backend.max_rows, costs)
         return costs
 
     def _prefills(self) -> StepCosts:
         """Warm the chunk sizes that fit into a step, and measure prefill."""
         target = self._settings.step_target
         largest = min(self._settings.max_prefill_chunk, self._backend.info.context_length // 2)
-        size, smallest = SMALLEST_CHUNK, min(self._prefill(SMALLEST_CHUNK), self._prefill(SMALLEST_CHUNK))
+        size, smallest = SMALLEST_CHUNK, self._settled(lambda: self._prefill(SMALLEST_CHUNK))
         seconds = smallest
         while size * 2 <= largest and seconds < target / 2:
             size *= 2
             seconds = self._prefill(size)
-            if seconds > target:  # compiled, or really this slow?
-                seconds = self._prefill(size)
+            if seconds > target / 2:  # compiled, or really this slow?
+                seconds = self._settled(lambda tokens=size: self._prefill(tokens))  # type: ignore[misc]
+        self._deep = max(1, min(2 * size, 512, self._backend.info.context_length - size - 2))
         token = max(seconds - smallest, smallest / 100) / max(1, size - SMALLEST_CHUNK)
-        base = max(0.0, smallest - SMALLEST_CHUNK * token)
-        later = self._prefill(size, context=self._deep(size))
+        later = self._prefill(size, context=self._deep)
         return StepCosts(
-            prefill_base=base, prefill_token=token, prefill_context=max(0.0, later - seconds) / size / self._deep(size)
+            prefill_base=max(0.0, smallest - SMALLEST_CHUNK * token),
+            prefill_token=token,
+            prefill_context=max(0.0, later - seconds) / size / self._deep,
         )
 
-    def _deep(self, size: int) -> int:
-        """Context tokens at which the cost of attending to them is measured."""
-        return max(1, min(4 * size, 512, self._backend.info.context_length - size - 2))
+    def _settled(self, run: Callable[[], float]) -> float:
+        """Seconds of a run once it stops getting faster."""
+        before, seconds = run(), run()
+        for _ in range(MOST_REPEATS):
+            if before < COLDER * seconds:
+                break
+            before, seconds = seconds, run()
+        return min(before, seconds)
+
+    def _cold_rehearsal(self, rows: int, costs: StepCosts) -> bool:
+        """Serve made-up requests the way real ones are until that stops getting faster; whether it was cold."""
+        prompt = _within(REHEARSAL / costs.prefill_token, 16, min(REAL_PROMPT, self._backend.info.context_length // 4))
+        output = _within(REHEARSAL / (costs.decode_base + costs.decode_row), 8, REAL_OUTPUT)
+        first, second = self._rehearse(rows, prompt, output), self._rehearse(rows, prompt, output)
+        cold = first > REHEARSED * second
+        for _ in range(MOST_REPEATS):
+            if first < REHEARSED * second:
+                break
+            first, second = second, self._rehearse(rows, prompt, output)
+        return cold
+
+    def _rehearse(self, rows: int, prompt: int, output: int) -> float:
+        """Seconds from the first prompt to the last token of `rows` requests, no prefix of them cached."""
+        backend = self._backend
+        backend.rebuild()
+        began = self._clock()
+        for uid in range(rows):
+            backend.insert(Row(uid=uid, prompt=(uid + 1,) * prompt, max_tokens=output, sampling=GREEDY, tenant=""))
+        left = rows
+        while left:
+            left -= sum(token.finish_reason is not None for token in backend.step().tokens)
+        return self._clock() - began
 
     def _prefill(self, size: int, context: int = 0) -> float:
         """Seconds of one chunk of `size` tokens after `context` others."""
@@ -98,7 +144,7 @@ class Warmup:
         seconds = self._decode_sizes(sizes, GREEDY)
         one, all_rows = seconds[1], seconds.get(most) or self._decode(most, GREEDY)
         row = max(0.0, all_rows - one) / max(1, most - 1)
-        deep = self._deep(256)
+        deep = self._deep
         batch = self._decoding(1, GREEDY, deep)
         context = max(0.0, self._steps(batch) - one) / deep
         join = self._join(batch, deep) if most > 1 else 0.0
@@ -165,3 +211,7 @@ class Warmup:
         return PrefillBatch(
             backend.model, states, [backend.fresh_cache() for _ in states], merge=backend.info.batchable
         )
+
+
+def _within(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))

@@ -91,6 +91,7 @@ def test_serve_passes_host_and_port_on_and_ends_with_the_services_code(
         return 70
 
     monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "leave_now", sys.exit)
     assert invoke("--config", config, "serve", "--host", "::1", "--port", "0").exit_code == 70
     assert invoke("--config", config, "serve").exit_code == 70
     assert seen == [("::1", 0), ("127.0.0.1", 1234)]

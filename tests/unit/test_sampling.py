@@ -89,3 +89,33 @@ def test_parameters_that_change_nothing_need_no_processor() -> None:
     for changing in ({"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 1.1}):
         assert RowProcessors.needed(SamplingParams(**changing))  # type: ignore[arg-type]
     assert RowProcessors.needed(SamplingParams(logit_bias=((0, 1.0),)))
+
+
+@pytest.mark.parametrize(
+    ("cut", "kept"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_p": 0.79}, {0, 1}),
+        ({"top_p": 0.85}, {0, 1, 2}),
+        ({"min_p": 0.39}, {0, 1}),
+        ({"min_p": 0.7}, {0}),
+        ({"top_k": 3, "min_p": 0.5}, {0, 1}),
+    ],
+)
+@pytest.mark.parametrize("seed", [None, 3])
+def test_cuts_keep_exactly_the_tokens_they_promise(cut: dict[str, float], kept: set[int], seed: int | None) -> None:
+    sampler = Samplers(vocab_size=VOCAB).get(SamplingParams(temperature=1.0, seed=seed, **cut))  # type: ignore[arg-type]
+    row = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05] + [1e-9] * 4] * 400))
+    assert set(sampler(row).tolist()) == kept
+
+
+def test_temperature_comes_before_the_cut() -> None:
+    """At a low temperature the first token alone has the mass; at a high one it does not."""
+    row = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05] + [1e-9] * 4] * 400))
+    samplers = Samplers(vocab_size=VOCAB)
+    cold = samplers.get(SamplingParams(temperature=0.2, top_p=0.8))
+    hot = samplers.get(SamplingParams(temperature=1.5, top_p=0.8))
+    assert set(cold(row).tolist()) == {0}
+    assert set(hot(row).tolist()) >= {0, 1, 2}
