@@ -170,9 +170,10 @@ def _activation_costs(loaded: LoadedModel, largest: int) -> tuple[int, float]:
     Small chunks understate: a GPU has several layers' buffers alive at once, and other kernels for them.
     """
     size = PROBE
+    _two_chunks(loaded, size)
     first, second, seconds = _two_chunks(loaded, size)
-    while seconds < PROBE_SECONDS and size * 2 <= largest:
-        size *= 2
+    while seconds < PROBE_SECONDS and size * 2 - 1 <= largest:
+        size = size * 2 - 1  # odd, because kernels for aligned sizes may need far less than the others
         _two_chunks(loaded, size)  # the first use of a size compiles its kernels
         first, second, seconds = _two_chunks(loaded, size)
     score = max(0.0, (second - first) / size / size)
