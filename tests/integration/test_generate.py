@@ -86,7 +86,7 @@ async def test_characters_are_never_broken_across_chunks(demo: Served) -> None:
 
 
 def test_a_repeated_prompt_comes_from_the_prefix_cache(demo: Served) -> None:
-    prompt = "A prompt that nothing else in these tests begins with, long enough to be worth keeping. " * 4
+    prompt = "Quartz begins no other prompt of these tests, and this one is long enough to be worth keeping. " * 4
     first = demo.generate(prompt, max_tokens=8)
     second = demo.generate(prompt, max_tokens=8)
     assert first["usage"]["cached_tokens"] == 0
