@@ -53,9 +53,13 @@ class Served:
 
 
 @contextmanager
-def process(state_dir: Path, **overrides: str) -> Iterator[str]:
-    """`mlxd serve` with the demo model as a process of its own; yields its URL once it is ready."""
-    environment = {**os.environ, "MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), **overrides}
+def process(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterator[str]:
+    """`mlxd serve` with the demo model as a process of its own; yields its URL once it is ready.
+
+    One whose answers are `timed` is not traced for coverage.
+    """
+    outside = {name: value for name, value in os.environ.items() if not (timed and name.startswith("COVERAGE_"))}
+    environment = {**outside, "MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), **overrides}
     command = [sys.executable, "-m", "service", "serve", "--port", "0"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
         try:

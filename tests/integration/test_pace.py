@@ -91,7 +91,7 @@ async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_
 
 def test_health_answers_within_ten_milliseconds_while_32_streams_run(state_dir: Path, demo_model_dir: Path) -> None:
     """The naive service that calls mlx-lm in an async handler took up to 18 s."""
-    with process(state_dir) as url, Streams(url, 32) as streams:
+    with process(state_dir, timed=True) as url, Streams(url, 32) as streams:
         streams.flowing.wait(120)
         taken = sorted(probe(url, 400))
         assert streams.open == 32, "all 32 ran all the time"
