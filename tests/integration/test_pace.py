@@ -52,7 +52,7 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     median = statistics.median(seconds)
     print(f"bounded step: longest {longest:.3f} s, p95 {p95:.3f} s, median {median:.3f} s, {len(seconds)} steps")
     assert p95 <= demo_settings.engine.step_target
-    # The rest is memory touched for the first time when a cache grows or is joined: up to 0.8 s on virtual machines.
+    # Not held by the longest: 0.8 s and 1.2 s were seen, where a cache grows or a row joins (cause not proven).
     assert longest <= 5 * demo_settings.engine.step_target
 
 
