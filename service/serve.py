@@ -2,7 +2,7 @@
 
 The socket listens before anything heavy is imported, so a taken port is told at once and early clients wait or get
 503 instead of a refusal. The engine loads on its own thread meanwhile. A first SIGTERM or SIGINT drains with the
-listener open; a second one leaves without waiting. Exit codes are listed in `cli.py`.
+listener open; a second one leaves without waiting. Exit codes are listed in `cli/`.
 
 Everything here runs on the event loop's thread. Nothing here may import mlx, directly or not, before `run`.
 """

@@ -116,7 +116,7 @@ def environment_readers(sources: Sequence[Source], places: Sequence[str]) -> Ite
         uses = [(node, dotted(node)) for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)]
         for node, name in [*uses, *imported(source)]:
             if name in names:
-                yield source.at(node, f"{name} belongs to settings.py")
+                yield source.at(node, f"{name} belongs to settings/")
 
 
 def _inside(path: str, places: Sequence[str]) -> bool:

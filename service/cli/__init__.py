@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from service.settings import Settings
+from service.cli.context import load_settings, prepare
 
 
 class Format(StrEnum):
@@ -71,7 +69,7 @@ def _checkout_config(start: Path) -> Path | None:
     """The development configuration of the checkout around `start`, if it is one of mlxd."""
     for folder in (start, *start.parents):
         candidate = folder / "config" / "development.toml"
-        if candidate.is_file() and (folder / "service" / "cli.py").is_file():
+        if candidate.is_file() and (folder / "service" / "cli").is_dir():
             return candidate
     return None
 
@@ -84,8 +82,8 @@ def serve(
     ] = None,
 ) -> None:
     """Start the service in the foreground."""
-    settings = _settings(context, {"server.host": host, "server.port": port})
-    _prepare(settings)
+    settings = load_settings(context, {"server.host": host, "server.port": port})
+    prepare(settings)
     from service.serve import leave_now, run
 
     leave_now(run(settings))
@@ -93,8 +91,8 @@ def serve(
 
 def model_fetch(context: typer.Context) -> None:
     """Bring the configured model onto this machine (also with model.offline), so that a start needs no network."""
-    settings = _settings(context)
-    _prepare(settings)
+    settings = load_settings(context)
+    prepare(settings)
     from service.engine.models import resolve, rich_progress
     from service.errors import ModelUnavailable
 
@@ -116,7 +114,7 @@ def config_show(
     """Print the effective settings of all layers."""
     from service.settings import as_toml
 
-    settings = _settings(context)
+    settings = load_settings(context)
     if output is Format.JSON:
         typer.echo(settings.model_dump_json(indent=2))
         return
@@ -133,34 +131,3 @@ def version() -> None:
 
     parts = [f"{name} {installed(name)}" for name in ("mlx", "mlx-lm", "uvicorn", "fastapi")]
     typer.echo(f"mlxd {__version__} (Python {sys.version.split()[0]}, {', '.join(parts)})")
-
-
-def _settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
-    from service.settings import Settings
-
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    with _explained():
-        return Settings.load(context.obj, given)
-
-
-def _prepare(settings: Settings) -> None:
-    """What must be true of the process before mlx is imported."""
-    from service.observability.logging import configure
-    from service.settings import private_tmpdir
-
-    with _explained():
-        private_tmpdir(settings.server.state_dir)
-    configure(level=settings.log.level, fmt=settings.log.format)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn a configuration error into one line per problem on standard error and exit code 78."""
-    from service.settings import ConfigurationError
-
-    try:
-        yield
-    except ConfigurationError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"mlxd: configuration: {line}", err=True)
-        raise typer.Exit(os.EX_CONFIG) from None

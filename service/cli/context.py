@@ -1,0 +1,45 @@
+"""What commands share: the settings of this invocation, and how a wrong configuration is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+
+def load_settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings of all layers, the command line's `overrides` (None: not given) included."""
+    from service.settings import Settings
+
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    with explained():
+        return Settings.load(context.obj, given)
+
+
+def prepare(settings: Settings) -> None:
+    """What must be true of the process before mlx is imported."""
+    from service.observability.logging import configure
+    from service.settings import private_tmpdir
+
+    with explained():
+        private_tmpdir(settings.server.state_dir)
+    configure(level=settings.log.level, fmt=settings.log.format)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn a configuration error into one line per problem on standard error and exit code 78."""
+    from service.settings import ConfigurationError
+
+    try:
+        yield
+    except ConfigurationError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"mlxd: configuration: {line}", err=True)
+        raise typer.Exit(os.EX_CONFIG) from None

@@ -1,0 +1,172 @@
+"""Configuration: frozen groups, read once, in layers. The only reader (and writer) of `os.environ`.
+
+Precedence, strongest first: command line, environment (`MLXD_SECTION__KEY`), the file given by `--config`,
+`default.toml` beside it, the defaults below (a test keeps `config/default.toml` equal to them).
+An unknown key anywhere is an error. A relative path in a file is relative to that file's folder, elsewhere to
+the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from service.settings.groups import EngineSettings, Group, HttpSettings, LogSettings, ModelSettings, ServerSettings
+from service.settings.private import ConfigurationError, private_tmpdir
+
+__all__ = [
+    "ConfigurationError",
+    "EngineSettings",
+    "Group",
+    "HttpSettings",
+    "LogSettings",
+    "ModelSettings",
+    "ServerSettings",
+    "Settings",
+    "private_tmpdir",
+]
+
+ENV_PREFIX = "MLXD_"
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Immutable; built by `load`, passed down, never global."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__", protected_namespaces=()
+    )
+
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` merged: no .env file is read, and the order of the layers stands in one place."""
+        return (init_settings,)
+
+    @classmethod
+    def load(cls, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+        """Read all layers. `overrides` are `section.key` -> value from the command line.
+
+        Raises ConfigurationError with one line per wrong key.
+        """
+        merged: dict[str, Any] = {}
+        if config is not None:
+            default = config.with_name("default.toml")
+            if default != config and default.is_file():
+                _merge(merged, _read_toml(default))
+            _merge(merged, _read_toml(config))
+        _merge(merged, _environment(cls))
+        for name, value in (overrides or {}).items():
+            section, _, key = name.partition(".")
+            _merge(merged, {section: {key: value}})
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            raise ConfigurationError(_describe(error)) from None
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """One file's keys, with its relative paths made absolute against the file's own folder."""
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    _anchor(data.get("server"), "state_dir", path.parent, always=True)
+    _anchor(data.get("model"), "reference", path.parent, always=False)
+    return data
+
+
+def _anchor(section: object, key: str, folder: Path, *, always: bool) -> None:
+    """Make a path absolute in place. Unless `always`, only what cannot be anything else: `./x`, `../x`, `~/x`."""
+    value = section.get(key) if isinstance(section, dict) else None
+    if isinstance(section, dict) and isinstance(value, str) and (always or value.startswith(("./", "../", "~/"))):
+        section[key] = str((folder / Path(value).expanduser()).resolve())
+
+
+def _environment(cls: type[Settings]) -> dict[str, Any]:
+    for name in os.environ:
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        section = name[len(ENV_PREFIX) :].partition("__")[0].lower()
+        if section not in cls.model_fields:
+            raise ConfigurationError(f"environment variable {name}: no such section")
+    try:
+        return EnvSettingsSource(cls)()
+    except SettingsError as error:
+        raise ConfigurationError(f"environment: {error}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """One line per problem, by dotted key; never the value, which may be a secret one day."""
+    lines = []
+    for problem in error.errors(include_input=False, include_url=False):
+        key = ".".join(map(str, problem["loc"])) or "settings"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, keys(), n=1)
+            message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        lines.append(f"{key}: {message}")
+    return "\n".join(lines)
+
+
+def sections() -> dict[str, type[Group]]:
+    """The groups by name, in the order of the documentation."""
+    found = {name: field.annotation for name, field in Settings.model_fields.items()}
+    return {name: group for name, group in found.items() if isinstance(group, type) and issubclass(group, Group)}
+
+
+def keys() -> dict[str, Any]:
+    """Every dotted key with its default as it is written in a file."""
+    return {f"{section}.{key}": field.default for section, group in sections().items()
+            for key, field in group.model_fields.items()}  # fmt: skip
+
+
+def as_toml(values: Mapping[str, Any]) -> str:
+    """A TOML text of dotted key -> value, grouped by section, each key under its description."""
+    lines = []
+    for section, group in sections().items():
+        lines.append(f"\n[{section}]")
+        for key, field in group.model_fields.items():
+            if (name := f"{section}.{key}") in values:
+                lines += [f"# {field.description}", f"{key} = {_toml_value(values[name])}"]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _toml_value(value: object) -> str:
+    """TOML's basic strings, numbers, booleans and arrays of these are spelled as in JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,106 @@
+"""The sections of the configuration: every key, its default, its bounds and one line of meaning."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+
+class Group(BaseModel):
+    """A frozen section of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().resolve()
+
+
+class ServerSettings(Group):
+    host: str = Field("127.0.0.1", description="Address to listen on; loopback only until there is authentication.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    backlog: int = Field(1024, ge=1, le=65535, description="Connections the kernel may hold before they are accepted.")
+    allowed_hosts: tuple[str, ...] = Field(
+        ("127.0.0.1", "localhost", "[::1]"), description="Host headers that are answered; `*` allows any."
+    )
+    state_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        Path("~/.local/state/mlxd"), description="Models, compiled kernels, later keys and usage."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _loopback_without_authentication(cls, host: str) -> str:
+        if host != "localhost" and not _is_loopback(host):
+            raise ValueError(f"{host} is not a loopback address, and this version has no authentication; use 127.0.0.1")
+        return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class HttpSettings(Group):
+    max_body_bytes: int = Field(2 * 1024 * 1024, ge=1024, description="Largest request body, in bytes.")
+    max_header_bytes: int = Field(32 * 1024, ge=1024, description="Largest request head, in bytes.")
+    max_headers: int = Field(64, ge=8, description="Most header lines in one request.")
+    head_timeout: float = Field(10.0, gt=0, description="Seconds a client may take to send a request's head.")
+    body_timeout: float = Field(30.0, gt=0, description="Seconds a client may take to send a request's body.")
+    idle_timeout: float = Field(75.0, gt=0, description="Seconds an idle keep-alive connection is kept.")
+    write_timeout: float = Field(
+        15.0, gt=0, description="Seconds one write to a client may stall before it is dropped."
+    )
+    stream_keepalive: float = Field(
+        10.0, gt=0, description="Seconds without a token after which a stream sends an SSE comment."
+    )
+
+
+class ModelSettings(Group):
+    reference: str = Field(
+        "mlx-community/Llama-3.2-1B-Instruct-4bit",
+        min_length=1,
+        description="A hub id, a local MLX folder, or `demo` for the embedded SmolLM2-135M-Instruct.",
+    )
+    aliases: tuple[str, ...] = Field(("default",), description="Further names under which the model is served.")
+    offline: bool = Field(False, description="Never ask the hub or the package index.")
+    dequantize_on_cpu: bool = Field(
+        True, description="On mlx's CPU backend, keep the weights as dense float32 (2x to 9x faster, 8x larger)."
+    )
+
+
+class EngineSettings(Group):
+    max_rows: int = Field(32, ge=1, le=512, description="Most requests decoded in one batch.")
+    max_queue: int = Field(256, ge=0, description="Most requests waiting; beyond it 503.")
+    step_target: float = Field(0.25, gt=0, description="Seconds one engine step should last at most.")
+    max_prefill_chunk: int = Field(2048, ge=16, description="Most prompt tokens (rows x tokens) prefilled in one step.")
+    max_prefill_rows: int = Field(8, ge=1, description="Most short prompts prefilled together.")
+    context_length: int = Field(0, ge=0, description="Tokens of prompt and output; 0 means the model's own limit.")
+    default_max_tokens: int = Field(1024, ge=1, description="max_tokens of a request that names none (`/v1`).")
+    max_output_tokens: int = Field(16384, ge=1, description="Largest max_tokens a request may ask for.")
+    max_choices: int = Field(8, ge=1, le=128, description="Largest `n` of a request.")
+    request_timeout: float = Field(600.0, gt=0, description="Seconds a request may take in queue, prefill and decode.")
+    drain_timeout: float = Field(30.0, ge=0, description="Seconds running requests may go on after a stop signal.")
+    memory_budget: int = Field(
+        0, ge=0, description="Bytes for KV caches, prefix cache and activations; 0 takes it from the device."
+    )
+    prefix_cache_fraction: float = Field(
+        0.25, ge=0, le=0.9, description="Share of the memory budget that finished prompts may keep; 0 turns it off."
+    )
+    wired_limit: int = Field(0, ge=0, description="Bytes for Metal's wired limit; 0 leaves it alone (mlx #3186).")
+    buffer_cache_limit: int = Field(
+        512 * 1024 * 1024, ge=0, description="Bytes of freed buffers that mlx may keep for reuse."
+    )
+
+
+class LogSettings(Group):
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`json` lines, `console` colours, or `auto`: console on a terminal."
+    )
