@@ -14,9 +14,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -25,10 +25,20 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from service.settings.groups import EngineSettings, Group, HttpSettings, LogSettings, ModelSettings, ServerSettings
+from service.settings.groups import (
+    AuthSettings,
+    EngineSettings,
+    Group,
+    HttpSettings,
+    LogSettings,
+    ModelSettings,
+    ServerSettings,
+    StorageSettings,
+)
 from service.settings.private import ConfigurationError, private_tmpdir
 
 __all__ = [
+    "AuthSettings",
     "ConfigurationError",
     "EngineSettings",
     "Group",
@@ -37,6 +47,7 @@ __all__ = [
     "ModelSettings",
     "ServerSettings",
     "Settings",
+    "StorageSettings",
     "private_tmpdir",
 ]
 
@@ -54,7 +65,25 @@ class Settings(BaseSettings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
+    storage: StorageSettings = Field(default_factory=StorageSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> Self:
+        server = self.server
+        if server.loopback:
+            return self
+        if not self.auth.enabled:
+            raise ValueError("server.host: beyond loopback auth.enabled must be true")
+        if self.auth.development_key:
+            raise ValueError("auth.development_key: for loopback addresses only")
+        if server.tls_certificate is None and not server.trusted_proxies:
+            raise ValueError(
+                "server.host: beyond loopback give server.tls_certificate and server.tls_key, or "
+                "server.trusted_proxies when a proxy in front has them"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -106,16 +135,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: {error}") from None
-    _anchor(data.get("server"), "state_dir", path.parent, always=True)
-    _anchor(data.get("model"), "reference", path.parent, always=False)
+    for name, group in sections().items():
+        _anchor(data.get(name), group, path.parent)
     return data
 
 
-def _anchor(section: object, key: str, folder: Path, *, always: bool) -> None:
-    """Make a path absolute in place. Unless `always`, only what cannot be anything else: `./x`, `../x`, `~/x`."""
-    value = section.get(key) if isinstance(section, dict) else None
-    if isinstance(section, dict) and isinstance(value, str) and (always or value.startswith(("./", "../", "~/"))):
-        section[key] = str((folder / Path(value).expanduser()).resolve())
+def _anchor(section: object, group: type[Group], folder: Path) -> None:
+    """Make the paths of a section absolute in place; `model.reference` only when it can be nothing else."""
+    if not isinstance(section, dict):
+        return
+    for key, field in group.model_fields.items():
+        value = section.get(key)
+        if not isinstance(value, str) or not value:
+            continue
+        if "Path" in str(field.annotation) or (key == "reference" and value.startswith(("./", "../", "~/"))):
+            section[key] = str((folder / Path(value).expanduser()).resolve())
 
 
 def _environment(cls: type[Settings]) -> dict[str, Any]:
@@ -135,8 +169,11 @@ def _describe(error: ValidationError) -> str:
     """One line per problem, by dotted key; never the value, which may be a secret one day."""
     lines = []
     for problem in error.errors(include_input=False, include_url=False):
-        key = ".".join(map(str, problem["loc"])) or "settings"
         message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # a rule between sections names its key itself
+            lines.append(message)
+            continue
+        key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, keys(), n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
@@ -168,5 +205,11 @@ def as_toml(values: Mapping[str, Any]) -> str:
 
 
 def _toml_value(value: object) -> str:
-    """TOML's basic strings, numbers, booleans and arrays of these are spelled as in JSON."""
+    """TOML's basic strings, numbers and booleans are spelled as in JSON; it has no null, so None is empty."""
+    if value is None:
+        return '""'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Group(BaseModel):
@@ -19,30 +19,49 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().resolve()
 
 
+def _network(text: str) -> str:
+    return str(ipaddress.ip_network(text))
+
+
+def _given(value: object) -> object:
+    """TOML has no null: an empty string stands for "not given"."""
+    return None if value == "" else value
+
+
+FilePath = Annotated[Path, AfterValidator(_absolute)]
+OptionalFile = Annotated[FilePath | None, BeforeValidator(_given)]
+Network = Annotated[str, AfterValidator(_network)]
+
+
 class ServerSettings(Group):
-    host: str = Field("127.0.0.1", description="Address to listen on; loopback only until there is authentication.")
+    host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback with `auth` and TLS or a proxy.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     backlog: int = Field(1024, ge=1, le=65535, description="Connections the kernel may hold before they are accepted.")
     allowed_hosts: tuple[str, ...] = Field(
         ("127.0.0.1", "localhost", "[::1]"), description="Host headers that are answered; `*` allows any."
     )
-    state_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
-        Path("~/.local/state/mlxd"), description="Models, compiled kernels, later keys and usage."
+    state_dir: FilePath = Field(
+        Path("~/.local/state/mlxd"), description="Models, compiled kernels, keys, the audit log."
+    )
+    tls_certificate: OptionalFile = Field(None, description="PEM file of the certificate chain; TLS 1.2 or newer.")
+    tls_key: OptionalFile = Field(None, description="PEM file of the certificate's private key.")
+    trusted_proxies: tuple[Network, ...] = Field(
+        (), description="Networks (CIDR) of proxies in front: X-Forwarded-For is believed from there only."
     )
 
-    @field_validator("host")
-    @classmethod
-    def _loopback_without_authentication(cls, host: str) -> str:
-        if host != "localhost" and not _is_loopback(host):
-            raise ValueError(f"{host} is not a loopback address, and this version has no authentication; use 127.0.0.1")
-        return host
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key need each other")
+        return self
 
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 class HttpSettings(Group):
@@ -103,4 +122,26 @@ class LogSettings(Group):
     )
     format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json` lines, `console` colours, or `auto`: console on a terminal."
+    )
+
+
+class StorageSettings(Group):
+    url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the state directory.")
+    url_file: OptionalFile = Field(None, description="File (0600) that holds the URL when it contains a password.")
+    busy_timeout: float = Field(2.0, gt=0, le=30, description="Seconds a write waits for another process's lock.")
+
+
+class AuthSettings(Group):
+    enabled: bool = Field(True, description="Ask for a key or a token. Off is possible on loopback only.")
+    environment: str = Field(
+        "live", pattern=r"\A[a-z][a-z0-9]{0,11}$", description="Part of every new key's text, to tell keys apart."
+    )
+    pepper_file: OptionalFile = Field(
+        None, description="File (0600) of the secrets that hash keys; made on first use in the state directory."
+    )
+    stale_for: float = Field(
+        60.0, ge=0, le=3600, description="Seconds for which known keys stay valid while the store cannot be read."
+    )
+    development_key: bool = Field(
+        False, description="Keep one key in clear in the state directory; loopback only, for `make serve`."
     )

@@ -62,13 +62,13 @@ def test_in_a_checkout_the_development_configuration_is_the_default(
 
 def test_a_bad_configuration_is_one_line_per_problem_and_code_78(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text("[server]\nhost = '0.0.0.0'\nprot = 1\n")
+    path.write_text("[server]\nport = 'x'\nprot = 1\n")
     result = invoke("--config", str(path), "serve")
     assert result.exit_code == os.EX_CONFIG
     assert result.stdout == ""
     lines = sorted(result.stderr.splitlines())
     assert [line[:35] for line in lines] == [
-        "mlxd: configuration: server.host: 0",
+        "mlxd: configuration: server.port: I",
         "mlxd: configuration: server.prot: u",
     ]
 

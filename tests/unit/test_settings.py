@@ -134,10 +134,23 @@ def test_no_dot_env_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_a_host_beyond_loopback_is_refused(host: str) -> None:
-    text = refusal(None, {"server.host": host})
-    assert text.startswith(f"server.host: {host} is not a loopback address")
-    assert "no authentication" in text
+def test_a_host_beyond_loopback_needs_authentication_and_tls_or_a_proxy(host: str, tmp_path: Path) -> None:
+    tls = {"server.tls_certificate": tmp_path / "c", "server.tls_key": tmp_path / "k"}
+    proxy = {"server.trusted_proxies": ["10.0.0.0/8"]}
+    assert refusal(None, {"server.host": host}).startswith("server.host: beyond loopback give server.tls_certificate")
+    for safe in (tls, proxy):
+        assert Settings.load(None, {"server.host": host, **safe}).server.host == host
+        assert "auth.enabled must be true" in refusal(None, {"server.host": host, "auth.enabled": False, **safe})
+        text = refusal(None, {"server.host": host, "auth.development_key": True, **safe})
+        assert text == "auth.development_key: for loopback addresses only"
+
+
+def test_half_of_a_certificate_is_refused(tmp_path: Path) -> None:
+    assert "need each other" in refusal(None, {"server.tls_certificate": tmp_path / "c"})
+
+
+def test_a_proxy_network_must_be_one() -> None:
+    assert refusal(None, {"server.trusted_proxies": ["10.0.0.1/8"]}).startswith("server.trusted_proxies.0: ")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
