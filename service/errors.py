@@ -6,6 +6,9 @@ dialect of the path; nothing else turns an exception into bytes.
     ServiceError
      +- InvalidRequest           400  the request itself is wrong; `param` names the field
      |   +- ContextLengthExceeded 400
+     +- Unauthorized             401  every reason with the same bytes; `reason` is for the operator only
+     |   +- CredentialRevoked    401  in mid-stream
+     +- Forbidden                403  the credential is good, but not for this
      +- NotFound                 404
      +- MethodNotAllowed         405
      +- RequestTimeout           408  the client was too slow to send its request
@@ -19,6 +22,7 @@ dialect of the path; nothing else turns an exception into bytes.
      |   +- QueueFull            503
      |   +- Draining             503
      |   +- EngineFailed         503
+     |   +- StorageUnavailable   503  the database cannot be asked; never taken for a wrong credential
      +- DeadlineExceeded         504  `phase` says where the time went
      +- ModelUnavailable              an operator's problem; never reaches a client as such
 """
@@ -73,6 +77,27 @@ class ContextLengthExceeded(InvalidRequest):
             f"{amount} tokens. Please shorten it.",
             param="prompt",
         )
+
+
+class Unauthorized(ServiceError):
+    """The one answer to every credential that does not let in.
+
+    `reason` is a short snake_case word from a closed set, for metrics, audit and `mlxd token verify`.
+    """
+
+    status = 401
+    code = "invalid_credentials"
+    should_retry = False
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("A valid API key or token is required.")
+        self.reason = reason
+
+
+class Forbidden(ServiceError):
+    status = 403
+    code = "permission_denied"
+    should_retry = False
 
 
 class NotFound(ServiceError):
@@ -135,6 +160,16 @@ class Draining(Unavailable):
 
 class EngineFailed(Unavailable):
     code = "engine_failed"
+
+
+class StorageUnavailable(Unavailable):
+    code = "storage_unavailable"
+
+
+class CredentialRevoked(Unauthorized):
+    """A running request whose credential was revoked or changed; sent as an event in a stream."""
+
+    code = "credential_revoked"
 
 
 class DeadlineExceeded(ServiceError):
