@@ -71,12 +71,14 @@ class FakeBackend:
     rows: dict[int, _Live] = field(default_factory=dict)
     rebuilds: int = 0
     closed: bool = False
+    busy: bool = False
     loaded: threading.Event = field(default_factory=threading.Event)
     inserted: threading.Event = field(default_factory=threading.Event)
     threads: set[int] = field(default_factory=set)
 
-    def load(self) -> ModelInfo:
+    def load(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> ModelInfo:
         self._own()
+        progress("fake weights", 1, 4)
         if self.before_load is not None:
             self.before_load()
         self.loaded.set()

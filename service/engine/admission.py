@@ -46,6 +46,8 @@ class Admission:
         self._running: dict[int, Ticket] = {}
         self._served: dict[str, float] = {}
         self._deadlines: list[tuple[float, int]] = []
+        self.held_bytes = 0
+        """What the batch's buffers take now, spare places included; the worker keeps it up to date."""
 
     @property
     def waiting(self) -> int:
@@ -58,7 +60,7 @@ class Admission:
     @property
     def reserved_bytes(self) -> int:
         """Peak memory that the running rows may need."""
-        return self._memory.peak_bytes([ticket.length for ticket in self._running.values()])
+        return self._memory.peak_bytes([ticket.length for ticket in self._running.values()], self.held_bytes)
 
     def offer(self, tickets: Sequence[Ticket]) -> None:
         """Queue all tickets or none. Raises QueueFull, or InvalidRequest for what could never run."""
@@ -126,7 +128,7 @@ class Admission:
         while self._queues and len(self._running) < self._max_rows:
             principal = min(self._queues, key=self._turn)
             ticket = self._queues[principal][0]
-            if not self._memory.fits([*lengths, ticket.length]):
+            if not self._memory.fits([*lengths, ticket.length], self.held_bytes):
                 break
             lengths.append(ticket.length)
             self._running[ticket.uid] = ticket

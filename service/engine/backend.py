@@ -65,20 +65,25 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes, as mlx counts them; `prefix_cache` is what finished prompts keep of `active`."""
+    """Bytes, as mlx counts them; of `active`, finished prompts keep `prefix_cache`, and the buffers of the
+    rows that decode have `batch`, spare places included."""
 
     active: int = 0
     peak: int = 0
     buffer_cache: int = 0
     prefix_cache: int = 0
     prefix_entries: int = 0
+    batch: int = 0
 
 
 class Backend(Protocol):
     """A model runtime with continuous batching. One thread calls it; a call may take a whole step's time."""
 
-    def load(self) -> ModelInfo:
-        """Bring the model into memory. Raises ModelUnavailable with what to do about it."""
+    def load(self, progress: Callable[[str, int, int], None] = ...) -> ModelInfo:
+        """Bring the model into memory. Raises ModelUnavailable with what to do about it.
+
+        Calls `progress(what, done, total)` while it downloads and converts, from any thread; `total` 0 is unknown.
+        """
 
     def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
         """Run the shapes of traffic whose first use costs more; call `progress(what, done, total)` between them."""
@@ -89,6 +94,10 @@ class Backend(Protocol):
     def make_room(self, nbytes: int) -> None:
         """Shrink the prefix cache until at most `nbytes` remain in it."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step is due even without rows: a prefix to keep, memory to give back."""
+
     def step(self) -> StepResult:
         """Decode one token for every live row and prefill at most one chunk. Does nothing without rows.
 
@@ -96,7 +105,8 @@ class Backend(Protocol):
         """
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
-        """Take rows out between steps; unknown uids are ignored. `keep_prefix` stores what they computed."""
+        """Take rows out, with the next step at the latest; unknown uids are ignored. `keep_prefix` stores what they
+        computed."""
 
     def rebuild(self) -> None:
         """Drop every row and all their memory, and start again with empty batches; the model stays loaded."""

@@ -53,10 +53,16 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason."""
+    """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason.
+
+    While it loads and warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is
+    unknown).
+    """
 
     state: EngineState
     detail: str
+    done: int = 0
+    total: int = 0
     waiting: int
     running: int
     step_age: float | None
@@ -83,6 +89,7 @@ class Engine:
         self._log = structlog.get_logger("engine")
         self._state = EngineState.STARTING
         self._detail = "loading the model"
+        self._done = self._total = 0
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,6 +107,8 @@ class Engine:
         return EngineStatus(
             state=self._state,
             detail=self._detail,
+            done=self._done,
+            total=self._total,
             waiting=worker.waiting if worker else 0,
             running=worker.running if worker else 0,
             step_age=self.clock() - worker.last_step if worker and worker.running else None,
@@ -147,6 +156,8 @@ class Engine:
         self._live.discard(generation)
         if self._worker is not None:
             self._worker.cancel(generation)
+        if not self._live:
+            self._notify()  # a drain may be waiting for nobody else
 
     async def drain(self, timeout: float) -> None:
         """Refuse new work, refuse what waits, let what runs finish for `timeout` seconds, then end it."""
@@ -208,9 +219,11 @@ class Engine:
             self._backend.close()
 
     def _serve(self) -> None:
-        info = self.info = self._backend.load()
+        info = self.info = self._backend.load(self._report_loading)
         self._report(EngineState.WARMING, "warming up")
-        self._backend.warm_up(lambda what, done, total: self._report(EngineState.WARMING, f"{what} ({done}/{total})"))
+        self._backend.warm_up(
+            lambda what, done, total: self._report(EngineState.WARMING, f"{what} ({done}/{total})", done, total)
+        )
         self._worker = Worker(
             self._backend,
             info,
@@ -222,11 +235,15 @@ class Engine:
         self._report(EngineState.READY, "ready")
         self._worker.run()
 
-    def _report(self, state: EngineState, detail: str) -> None:
-        """Tell the loop how far loading is; ends loading when the service stops meanwhile."""
+    def _report_loading(self, what: str, done: int, total: int) -> None:
+        """Tell the loop how far a download or conversion is. Any thread may; raises nothing through its code."""
+        self._tell(lambda: self._progress(EngineState.STARTING, what, done, total))
+
+    def _report(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
+        """Tell the loop how far warm-up is; ends it when the service stops meanwhile."""
         if self._stopping.is_set():
             raise _StoppedLoading
-        self._tell(lambda: self._progress(state, detail))
+        self._tell(lambda: self._progress(state, detail, done, total))
 
     def _tell(self, call: Callable[[], None]) -> None:
         """Run `call` on the event loop; a loop that has closed has nobody left to tell."""
@@ -246,17 +263,18 @@ class Engine:
         if not self._live:
             self._notify()
 
-    def _progress(self, state: EngineState, detail: str) -> None:
-        """Loading moves on, but not out of draining, stopped or failed."""
-        if self._state in {EngineState.STARTING, EngineState.WARMING}:
-            self._set(state, detail)
+    def _progress(self, state: EngineState, detail: str, done: int, total: int) -> None:
+        """Loading moves on, but not back, and not out of draining, stopped or failed."""
+        late = self._state is EngineState.WARMING and state is EngineState.STARTING
+        if self._state in {EngineState.STARTING, EngineState.WARMING} and not late:
+            self._set(state, detail, done, total)
 
     def _fail(self, error: ServiceError) -> None:
         self.failure = error
         self._set(EngineState.FAILED, error.message)
 
-    def _set(self, state: EngineState, detail: str) -> None:
-        self._state, self._detail = state, detail
+    def _set(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
+        self._state, self._detail, self._done, self._total = state, detail, done, total
         self._notify()
 
     def _notify(self) -> None:

@@ -127,6 +127,13 @@ class Generation:
             self.last = delta
         self._ready.set()
 
+    def fail(self, error: ServiceError) -> None:
+        """End it with `error` for the reader, and cancel it; an unfinished one only."""
+        if self._closed or self.finished:
+            return
+        self.put(Delta(error=error))
+        self._on_close(self)
+
     async def read(self) -> Delta:
         """Wait for and take everything that arrived since the last read, merged into one delta.
 

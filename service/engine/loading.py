@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
-from service.engine.memory import KV_STEP, LayerGroup, MemoryModel
-from service.engine.models import resolve
+from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
+from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
 from service.errors import ModelUnavailable
 from service.settings import Settings
@@ -40,14 +40,26 @@ class LoadedModel:
     vocab_size: int
 
 
-def load_model(settings: Settings) -> LoadedModel:
+Report = Callable[[str, int, int], None]
+"""Told (what, done, total), by whichever thread does it; `total` 0 is unknown."""
+
+
+def unheard(what: str, done: int, total: int) -> None:
+    """The `Report` of nobody."""
+
+
+def load_model(settings: Settings, progress: Report = unheard) -> LoadedModel:
     """Load what `model.reference` means, by mlx-lm's own loader and without remote code.
 
     Raises ModelUnavailable. On mlx's CPU backend quantised weights become dense float32, if so configured.
     """
     files = resolve(
-        settings.model.reference, state_dir=settings.server.state_dir.expanduser(), offline=settings.model.offline
+        settings.model.reference,
+        state_dir=settings.server.state_dir.expanduser(),
+        offline=settings.model.offline,
+        progress=Told(progress),
     )
+    progress("reading the weights", 0, 0)
     try:
         config = load_config(files.path)
         model, _ = load_weights(files.path, lazy=True, trust_remote_code=False)
@@ -116,15 +128,16 @@ def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
     _forward(loaded, small, 1)
     _forward(loaded, large, PROBE)
     groups, fixed = _layer_costs(small, large)
-    position, score = _activation_costs(loaded, min(settings.engine.max_prefill_chunk, loaded.context_length // 2))
+    largest = min(settings.engine.max_prefill_chunk, loaded.context_length // 2)
     return MemoryModel(
         budget=budget,
         layers=groups,
         bytes_per_row=fixed,
-        bytes_per_position=position,
-        bytes_per_score=score,
+        prompt=_activations(loaded, largest, masked=False),
+        masked=_activations(loaded, largest, masked=True),
         bytes_per_logits=LOGITS_COPIES * 4 * loaded.vocab_size,
         chunk_tokens=settings.engine.max_prefill_chunk,
+        prefill_rows=settings.engine.max_prefill_rows,
     )
 
 
@@ -153,38 +166,42 @@ def _forward(loaded: LoadedModel, cache: list[Any], size: int) -> int:
 
 def _layer_costs(small: Sequence[Any], large: Sequence[Any]) -> tuple[tuple[LayerGroup, ...], int]:
     """Cost groups from caches that hold one step and two, and the bytes of a row that never grow."""
-    by_window: dict[int | None, int] = {}
+    found: dict[tuple[int | None, bool], list[int]] = {}
     fixed = 0
     for one, two in zip(small, large, strict=True):
         growth = max(0, two.nbytes - one.nbytes) // KV_STEP
         fixed += max(0, one.nbytes - growth * KV_STEP)
         if growth:
             window = getattr(one, "max_size", None)
-            by_window[window] = by_window.get(window, 0) + growth
-    return tuple(LayerGroup(cost, window) for window, cost in by_window.items()), fixed
+            found.setdefault((window, type(one) is KVCache), []).append(growth)
+    groups = (
+        LayerGroup(sum(costs), window, layers=len(costs), in_place=in_place)
+        for (window, in_place), costs in found.items()
+    )
+    return tuple(groups), fixed
 
 
-def _activation_costs(loaded: LoadedModel, largest: int) -> tuple[int, float]:
-    """(bytes a position, bytes a position and context token) from two chunks in a row, as large as time allows.
+def _activations(loaded: LoadedModel, largest: int, *, masked: bool) -> Activations:
+    """Measured on two chunks in a row, as large as time allows; with a batched cache's mask array or without.
 
     Small chunks understate: a GPU has several layers' buffers alive at once, and other kernels for them.
     """
     size = PROBE
-    _two_chunks(loaded, size)
-    first, second, seconds = _two_chunks(loaded, size)
+    first, second, seconds = _two_chunks(loaded, size, masked=masked)
+    if mx.default_device() != mx.Device(mx.cpu):  # the first use of a size compiles its kernels
+        first, second, seconds = _two_chunks(loaded, size, masked=masked)
     while seconds < PROBE_SECONDS and size * 2 - 1 <= largest:
         size = size * 2 - 1  # odd, because kernels for aligned sizes may need far less than the others
-        _two_chunks(loaded, size)  # the first use of a size compiles its kernels
-        first, second, seconds = _two_chunks(loaded, size)
+        _two_chunks(loaded, size, masked=masked)
+        first, second, seconds = _two_chunks(loaded, size, masked=masked)
     score = max(0.0, (second - first) / size / size)
-    return int(MARGIN * max(first / size - size * score, 0)) + 1, MARGIN * score
+    return Activations(int(MARGIN * max(first / size - size * score, 0)) + 1, MARGIN * score)
 
 
-def _two_chunks(loaded: LoadedModel, size: int) -> tuple[int, int, float]:
+def _two_chunks(loaded: LoadedModel, size: int, *, masked: bool) -> tuple[int, int, float]:
     """(peak bytes of a chunk, peak bytes of the next one, seconds of both)."""
     cache = make_prompt_cache(loaded.model)
-    if all(hasattr(layer, "merge") for layer in cache):
-        # As rows run: a batched cache brings a mask array, and with it kernels that may hold all scores.
+    if masked and all(hasattr(layer, "merge") for layer in cache):
         cache = [layer.merge([layer]) for layer in cache]
     began = time.perf_counter()
     first = _forward(loaded, cache, size)

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
 
 import mlx.core as mx
 import structlog
-from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
-from service.engine.batches import DecodeBatch, PrefillBatch, RowState
-from service.engine.generation import FinishReason
-from service.engine.loading import LoadedModel, load_model, measure_memory
-from service.engine.pacing import Load, Pacer
+from service.engine.batches import PrefillBatch, RowState
+from service.engine.cohorts import CohortLimits, next_cohort
+from service.engine.decode_batch import DecodeBatch
+from service.engine.loading import LoadedModel, Report, load_model, measure_memory, unheard
+from service.engine.pacing import SMALLEST_CHUNK, Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowProcessors, Samplers
 from service.engine.warmup import Warmup
 from service.settings import Settings
+
+DONE: Final = object()
 
 
 class MlxBackend:
@@ -35,7 +37,7 @@ class MlxBackend:
         self,
         settings: Settings,
         *,
-        load: Callable[[Settings], LoadedModel] = load_model,
+        load: Callable[[Settings, Report], LoadedModel] = load_model,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._settings = settings
@@ -45,18 +47,20 @@ class MlxBackend:
         self._waiting: deque[RowState] = deque()
         self._prefill: PrefillBatch | None = None
         self._decode: DecodeBatch | None = None
-        self._copying: list[Any] = []
+        self._chore: Iterator[None] | None = None
+        self._gone: set[int] = set()
+        self._since = 0.0
         self._prefixes = PrefixCache(limit=0)
         self.model: Any = None
         self.pacer = Pacer(target=settings.engine.step_target, largest=settings.engine.max_prefill_chunk)
 
-    def load(self) -> ModelInfo:
+    def load(self, progress: Report = unheard) -> ModelInfo:
         """Resolve, download or convert, and load the model; set mlx's limits. Raises ModelUnavailable."""
         engine = self._settings.engine
         mx.set_cache_limit(engine.buffer_cache_limit)
         if engine.wired_limit:
             mx.set_wired_limit(engine.wired_limit)
-        loaded = self._load(self._settings)
+        loaded = self._load(self._settings, progress)
         self.model = loaded.model
         memory = measure_memory(self._settings, loaded)
         self.info = ModelInfo(
@@ -69,7 +73,6 @@ class MlxBackend:
             tokenizer=loaded.tokenizer,
             device=str(mx.default_device()),
         )
-        self.eos = StopSequences([(token,) for token in sorted(loaded.eos_token_ids)])
         self.samplers = Samplers(vocab_size=loaded.vocab_size)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
         self._log.info("model_loaded", model=loaded.name, batchable=self.info.batchable, memory_budget=memory.budget)
@@ -108,145 +111,166 @@ class MlxBackend:
         self._prefixes.make_room(nbytes)
 
     def step(self) -> StepResult:
-        """What the pacer planned: decode all live rows, prefill one chunk or let a cohort join, or both."""
+        """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers."""
         result = StepResult()
-        if not self._copied():
-            return result
-        if self._prefill is None:
+        began = self._clock()
+        if self._prefill is None and self._waiting and not self.busy:  # who leaves may leave a prefix for who comes
             self._prefill = self._next_cohort(result)
         load = self._load_now()
         plan = self.pacer.plan(load)
-        if plan.decode and self._decode is not None:
-            result.decode_rows = load.rows
-            result.decode_seconds = self._timed(lambda batch: self._decode_once(batch, result), self._decode)
-            self.pacer.observe_decode(load.rows, load.context, result.decode_seconds)
-        if self._prefill is not None and plan.join:
-            result.prefill_tokens = load.joining
-            result.prefill_seconds = self._timed(self._join, self._prefill)
-            self.pacer.observe_join(load, result.prefill_seconds)
-        elif self._prefill is not None and plan.chunk:
+        chore = self._chore or self._next_chore()
+        if self._decode is not None and plan.decode and (chore is None or self._decode.launched):
+            self._emit(self._decode, result, load, ahead=chore is None and not load.cohort)
+        if not self._work_off(began):
+            return result
+        if self._prefill is not None and plan.chunk and (chore is None or self._left(began, load) > 0):
             self._prefill_once(self._prefill, plan.chunk, result)
+            if not self._work_off(began):
+                return result
+        if self._decode is not None and plan.launch and not self._decode.launched:
+            self._launch(self._decode)
         self._drop_failed(result)
         return result
 
-    def _copied(self) -> bool:
-        """Carry out the copies that a join asked for, layer by layer; False when a step's time was not enough."""
-        began = self._clock()
-        while self._copying and self._clock() - began < self.pacer.target / 2:
-            mx.eval(self._copying.pop(0))
-        return not self._copying
+    @property
+    def busy(self) -> bool:
+        """Whether copies are left to make: a step is due although no row may be waiting for it."""
+        leaving = self._decode is not None and any(state.leaving for state in self._decode.rows)
+        return leaving or self._chore is not None
 
-    def _timed(self, work: Callable[[Any], None], batch: Any) -> float:
-        began = self._clock()
-        work(batch)
-        return self._clock() - began
+    def _left(self, began: float, load: Load) -> float:
+        """Seconds of this step that the smallest chunk would leave over."""
+        return (
+            self.pacer.target
+            - (self._clock() - began)
+            - self.pacer.prefill_seconds(SMALLEST_CHUNK, load.cohort_context)
+        )
+
+    def _next_cohort(self, result: StepResult) -> PrefillBatch:
+        most = min(self._settings.engine.max_prefill_rows, self.max_rows)
+        limits = CohortLimits(most, self.pacer.room(self._load_now()), self.info.memory.chunk_tokens)
+        rows = next_cohort(self._waiting, self._prefixes, limits)
+        result.started += [(state.row.uid, state.cached) for state, _ in rows]
+        caches = [cache or self.fresh_cache() for _, cache in rows]
+        return PrefillBatch(self.model, [state for state, _ in rows], caches)
 
     def _load_now(self) -> Load:
         decode, prefill = self._decode, self._prefill
         return Load(
             rows=len(decode) if decode else 0,
             context=decode.context if decode else 0,
-            cohort=len(prefill.rows) if prefill else 0,
+            computing=bool(decode and decode.launched),
+            cohort=len(prefill.rows) if prefill and not prefill.ready else 0,
             cohort_context=prefill.context if prefill else 0,
-            joining=len(prefill.rows) if prefill and prefill.longest_rest == 1 else 0,
         )
 
-    def _decode_once(self, batch: DecodeBatch, result: StepResult) -> None:
-        tenants = dict(batch.tenants)
-        for response in batch.next():
-            reason = FinishReason(response.finish_reason) if response.finish_reason else None
-            result.tokens.append(Token(response.uid, response.token, reason))
-            if reason is not None:
-                self._prefixes.store(tenants[response.uid], response.all_tokens, response.prompt_cache)
-        if not len(batch):
-            self._decode = None
+    def _launch(self, batch: DecodeBatch) -> None:
+        self._since = self._clock()
+        batch.launch()
+
+    def _emit(self, batch: DecodeBatch, result: StepResult, load: Load, *, ahead: bool) -> None:
+        """Hand over one token of each row; with `ahead` the device already computes the one after it."""
+        if not batch.launched:
+            self._launch(batch)
+        if ahead:
+            batch.launch()
+        for state, token, reason in batch.emit():
+            result.tokens.append(Token(state.row.uid, token, reason))
+        batch.abandon_if_nobodys()
+        result.decode_rows = load.rows
+        now = self._clock()
+        result.decode_seconds, self._since = now - self._since, now
+        self.pacer.observe_decode(load.rows, load.context, result.decode_seconds)
 
     def _prefill_once(self, batch: PrefillBatch, chunk: int, result: StepResult) -> None:
-        """Advance the cohort by one chunk, and let it join in the same step when there is time left."""
         began = self._clock()
         context = batch.context
+        chunk = min(chunk, self.info.memory.chunk(context + chunk))
         result.prefill_tokens = batch.advance(max(1, chunk // len(batch.rows)))
         result.prefill_seconds = self._clock() - began
         self.pacer.observe_prefill(result.prefill_tokens, context, result.prefill_seconds)
-        load = self._load_now()
-        spent = result.decode_seconds + result.prefill_seconds
-        if load.joining and spent + self.pacer.join_seconds(load) <= self.pacer.target:
-            result.prefill_tokens += load.joining
-            taken = self._timed(self._join, batch)
-            result.prefill_seconds += taken
-            self.pacer.observe_join(load, taken)
 
-    def _join(self, batch: PrefillBatch) -> None:
-        """Run the cohort's last prompt tokens and make its rows part of the batch."""
+    # -- chores: copies between steps, one layer at a time -------------------------------------------------
+
+    def _work_off(self, began: float) -> bool:
+        """Go on with chores for the rest of the step, one layer at least; True when none is left."""
+        while True:
+            if self._chore is None and not (self._decode and self._decode.launched):
+                self._chore = self._next_chore()
+            if self._chore is None:
+                return True
+            if next(self._chore, DONE) is DONE:
+                self._chore = None
+            elif self._clock() - began >= self.pacer.target / 2:
+                return False
+
+    def _next_chore(self) -> Iterator[None] | None:
+        """What must be copied before the rows go on, if anything. It begins when nothing is launched."""
+        batch, prefill = self._decode, self._prefill
+        if batch is not None and any(state.leaving for state in batch.rows):
+            return self._drop(batch)
+        if batch is not None and (wanted := batch.wanted_capacity(len(self._waiting))):
+            return batch.resize(*wanted)
+        if prefill is not None and prefill.unprepared:
+            return prefill.prepare()
+        if prefill is not None and prefill.ready:
+            return self._join(prefill)
+        return None
+
+    def _join(self, prefill: PrefillBatch) -> Iterator[None]:
         self._prefill = None
-        joining = batch.into_decode(self.eos)
-        if self._decode is None:
-            self._decode = joining
-        else:
-            self._decode.extend(joining)
-            self._copying = self._decode.states()
+        batch = self._decode = self._decode or DecodeBatch(self.model, self.info.eos_token_ids)
+        yield from batch.join(prefill, len(batch) + len(prefill.rows) + len(self._waiting))
+        for state in prefill.rows:
+            state.leaving = state.row.uid in self._gone
+        self._gone.clear()
 
-    def _next_cohort(self, result: StepResult) -> PrefillBatch | None:
-        """The next prompt, with those behind it that fit into the same chunk."""
-        if not self._waiting:
-            return None
-        rows: list[RowState] = []
-        caches: list[list[Any]] = []
-        widest = 0
-        most = min(self._settings.engine.max_prefill_rows, self.max_rows)
-        room = self.pacer.room(self._load_now())
-        while self._waiting and len(rows) < most:
-            state = self._waiting[0]
-            cache, cached = self._prefixes.lookup(state.row.tenant, state.row.prompt)
-            wider = max(widest, len(state.rest) - cached)
-            if rows and wider * (len(rows) + 1) > room:
-                break
-            self._waiting.popleft()
-            state.cached = cached
-            del state.rest[:cached]
-            widest = wider
-            rows.append(state)
-            caches.append(cache or self.fresh_cache())
-            result.started.append((state.row.uid, cached))
-        return PrefillBatch(self.model, rows, caches, merge=self.info.batchable)
+    def _drop(self, batch: DecodeBatch) -> Iterator[None]:
+        """Keep the prefixes of the rows that are leaving, then let them go."""
+        for index, state in enumerate(batch.rows):
+            if state.leaving and state.keep_prefix:
+                layers: list[Any] = []
+                yield from batch.extract(index, layers)
+                self._prefixes.store(state.row.tenant, batch.known(index), layers)
+        if all(state.leaving for state in batch.rows):
+            self._decode = None
+        else:
+            yield from batch.drop()
 
     def _drop_failed(self, result: StepResult) -> None:
         batch = self._decode
-        if batch is None or not batch.failed:
-            return
-        live = set(batch.uids)
-        result.failed += [(uid, error) for uid, error in batch.failed.items() if uid in live]
-        self.remove([uid for uid in batch.failed if uid in live])
-        batch.failed.clear()
+        if batch is not None and batch.failed:
+            live = {state.row.uid for state in batch.rows if not state.leaving}
+            result.failed += [(uid, error) for uid, error in batch.failed.items() if uid in live]
+            self.remove(list(batch.failed))
+            batch.failed.clear()
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
-        """Take rows out between steps, from wherever they are."""
+        """Take rows out between steps, from wherever they are; those that decode leave with the next step."""
         gone = set(uids)
         if not gone:
             return
-        self._copying.clear()
+        self._gone |= gone if self._chore is not None else set()
         self._waiting = deque(state for state in self._waiting if state.row.uid not in gone)
         if self._prefill is not None and gone.intersection(self._prefill.uids):
             self._prefill.filter([i for i, uid in enumerate(self._prefill.uids) if uid not in gone])
             if not self._prefill.rows:
                 self._prefill = None
-        if self._decode is not None and gone.intersection(self._decode.uids):
-            if keep_prefix:
-                self._keep(self._decode, gone)
-            self._decode.filter([i for i, uid in enumerate(self._decode.uids) if uid not in gone])
-            if not len(self._decode):
+        if self._decode is not None:
+            for state in self._decode.rows:
+                if state.row.uid in gone and not state.leaving:
+                    state.leaving, state.keep_prefix = True, keep_prefix
+            if self._chore is None and not any(s.keep_prefix or not s.leaving for s in self._decode.rows):
                 self._decode = None
-
-    def _keep(self, batch: DecodeBatch, uids: set[int]) -> None:
-        for index, uid in enumerate(batch.uids):
-            if uid in uids:
-                self._prefixes.store(batch.tenants[uid], batch.tokens[index], batch.extract_cache(index))
+            else:
+                self._decode.abandon_if_nobodys()
 
     def rebuild(self) -> None:
         """Forget every row and prefix; the model stays."""
         self._waiting.clear()
         self._prefill = self._decode = None
-        self._copying.clear()
+        self._chore = None
+        self._gone.clear()
         self._prefixes.clear()
         mx.clear_cache()
 
@@ -258,6 +282,7 @@ class MlxBackend:
             buffer_cache=mx.get_cache_memory(),
             prefix_cache=self._prefixes.nbytes,
             prefix_entries=len(self._prefixes),
+            batch=self._decode.nbytes if self._decode else 0,
         )
 
     def close(self) -> None:

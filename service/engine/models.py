@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,6 +50,16 @@ class Progress(Protocol):
 
     def advance(self, step: str, done: int, total: int) -> None:
         """Take note; quick, and called from whichever thread does the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """`Progress` by a plain call."""
+
+    report: Callable[[str, int, int], None]
+
+    def advance(self, step: str, done: int, total: int) -> None:
+        self.report(step, done, total)
 
 
 def resolve(reference: str, *, state_dir: Path, offline: bool, progress: Progress | None = None) -> ModelFiles:

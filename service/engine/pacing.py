@@ -1,9 +1,9 @@
 """What one engine step does, so that it lasts about `target` seconds at most. No mlx; one thread.
 
-A step may decode the live rows, prefill one chunk, and let prefilled rows join the batch. What each costs
-is measured at warm-up and corrected by every step; what fits together into the target is done together
-(compare Sarathi-Serve, OSDI 2024). When even the smallest chunk does not fit beside decode, steps decode
-and prefill in turn, so that each stays within the target and neither starves the other.
+A step may decode the live rows and prefill one chunk. What each costs is measured at warm-up and corrected by
+every step; what fits together into the target is done together (compare Sarathi-Serve, OSDI 2024). When even
+the smallest chunk does not fit beside decode, steps decode and prefill in turn, so that each stays within the
+target and neither starves the other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ SMALLEST_CHUNK = 16
 HEADROOM = 0.8
 """Share of the target that is planned for; the rest absorbs what a measurement cannot know."""
 
+LEAST_WORTH = 1.5
+"""Where even the smallest chunk takes longer than the target, the largest that takes at most this many times as
+long: on a GPU the fixed cost of a chunk may be tens of milliseconds, and the prompt would never get on."""
+
+UP, DOWN = 0.5, 0.2
+"""Shares of an error that are learnt: what took longer is believed sooner than what took less."""
+
+OUTLIER = 2.0
+"""A step that took more than this many times its plan counts as this many times, so that a hiccup is not a lesson."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
     """Seconds. Decode of r rows after a context of c: `decode_base` + r x (`decode_row` + c x `decode_context`).
 
-    Prefill of t positions after c: `prefill_base` + t x (`prefill_token` + c x `prefill_context`). A join
-    is a forward pass of one position a row, and a copy of the whole batch: positions x `join_position`.
+    Prefill of t positions after c: `prefill_base` + t x (`prefill_token` + c x `prefill_context`).
     """
 
     decode_base: float = 0.0
@@ -31,30 +40,55 @@ class StepCosts:
     prefill_base: float = 0.0
     prefill_token: float = 1e-4
     prefill_context: float = 0.0
-    join_position: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What a step finds: live rows with their longest context, and the cohort in prefill, if any.
 
-    `joining` is how many rows of the cohort have only their last prompt token left (all or none).
+    `computing`: the live rows' next token is being computed already, and the device is not free before.
     """
 
     rows: int = 0
     context: int = 0
+    computing: bool = False
     cohort: int = 0
     cohort_context: int = 0
-    joining: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What to do: decode or not, positions to prefill (0: none), join or not."""
+    """What to do: compute the live rows' next token or not, and positions to prefill (0: none).
+
+    `launch`: start with the token after that at the end of the step; not when steps decode and prefill in turn.
+    """
 
     decode: bool
     chunk: int = 0
-    join: bool = False
+    launch: bool = True
+
+
+class Estimate:
+    """Seconds as a fixed part and one that grows with the work, each scaled by what steps really took.
+
+    A normalised least-mean-squares filter (Widrow and Hoff, 1960): the error goes to each part by its size.
+    """
+
+    def __init__(self) -> None:
+        self._scales = (1.0, 1.0)
+
+    def of(self, fixed: float, growing: float) -> float:
+        return self._scales[0] * fixed + self._scales[1] * growing
+
+    def learn(self, fixed: float, growing: float, seconds: float) -> None:
+        """A step that was planned as `of(fixed, growing)` took `seconds`."""
+        planned, size = self.of(fixed, growing), fixed * fixed + growing * growing
+        if planned <= 0 or seconds <= 0:
+            return
+        error = min(seconds, OUTLIER * planned) - planned
+        gain = error * (UP if error > 0 else DOWN) / size
+        # A part that would go below nothing stays; the other one has the rest of the way.
+        self._scales = (max(0.0, self._scales[0] + gain * fixed), max(0.0, self._scales[1] + gain * growing))
 
 
 class Pacer:
@@ -69,23 +103,24 @@ class Pacer:
     def calibrate(self, costs: StepCosts) -> None:
         """Start over from measured costs."""
         self.costs = costs
-        self._decode_factor = self._prefill_factor = self._join_factor = 1.0
+        self._decode, self._prefill = Estimate(), Estimate()
+        self._seen: dict[int, float] = {}
+
+    def _decode_parts(self, rows: int, context: int) -> tuple[float, float]:
+        costs = self.costs
+        return costs.decode_base, rows * (costs.decode_row + context * costs.decode_context)
+
+    def _prefill_parts(self, positions: int, context: int) -> tuple[float, float]:
+        costs = self.costs
+        return costs.prefill_base, positions * (costs.prefill_token + context * costs.prefill_context)
 
     def decode_seconds(self, rows: int, context: int) -> float:
         """Planned seconds to decode `rows` rows, the longest after `context` tokens."""
-        costs = self.costs
-        return self._decode_factor * (costs.decode_base + rows * (costs.decode_row + context * costs.decode_context))
+        return self._decode.of(*self._decode_parts(rows, context))
 
     def prefill_seconds(self, positions: int, context: int) -> float:
         """Planned seconds to prefill `positions` after `context` tokens."""
-        costs = self.costs
-        per_position = costs.prefill_token + context * costs.prefill_context
-        return self._prefill_factor * (costs.prefill_base + positions * per_position)
-
-    def join_seconds(self, load: Load) -> float:
-        """Planned seconds for the cohort to become part of the batch."""
-        positions = (load.rows + load.joining) * max(load.context, load.cohort_context)
-        return self._join_factor * (self.prefill_seconds(load.joining, 0) + positions * self.costs.join_position)
+        return self._prefill.of(*self._prefill_parts(positions, context))
 
     def plan(self, load: Load) -> StepPlan:
         """What the next step does."""
@@ -97,17 +132,15 @@ class Pacer:
         if not load.cohort:
             return StepPlan(load.rows > 0)
         budget = self.target * HEADROOM
-        beside = budget - self.decode_seconds(load.rows, load.context) if load.rows else budget
-        if load.joining:
-            fits = self.join_seconds(load) <= beside
-            wanted = StepPlan(load.rows > 0 and fits, join=True)
-        else:
-            chunk = self._chunk(beside, load.cohort_context)
-            fits = self.prefill_seconds(chunk, load.cohort_context) <= beside
-            wanted = StepPlan(load.rows > 0 and fits, chunk if fits else self._chunk(budget, load.cohort_context))
-        if load.rows and not fits and not self._decoded_last:
-            return StepPlan(decode=True)
-        return wanted
+        if not load.rows:
+            return StepPlan(decode=False, chunk=self._chunk(budget, load.cohort_context))
+        beside = budget - self.decode_seconds(load.rows, load.context)
+        chunk = self._chunk(beside, load.cohort_context)
+        if self.prefill_seconds(chunk, load.cohort_context) <= beside:
+            return StepPlan(decode=True, chunk=chunk)
+        if load.computing or not self._decoded_last:
+            return StepPlan(decode=True, launch=False)
+        return StepPlan(decode=False, chunk=self._chunk(budget, load.cohort_context), launch=False)
 
     def room(self, load: Load) -> int:
         """Positions that a new cohort may have to be prefilled in one step beside the live rows."""
@@ -117,26 +150,25 @@ class Pacer:
     def _chunk(self, seconds: float, context: int) -> int:
         """The largest power of two of positions, from the smallest chunk on, that takes at most `seconds`."""
         chunk = SMALLEST_CHUNK
+        if self.prefill_seconds(chunk, context) > self.target * HEADROOM:
+            return self._worthwhile()
         while chunk * 2 <= self._largest and self.prefill_seconds(chunk * 2, context + chunk) <= seconds:
             chunk *= 2
         return min(chunk, self._largest)
 
+    def _worthwhile(self) -> int:
+        """By the times of chunks as they were last seen, not by a model: twice the largest is tried next."""
+        chunk = min(SMALLEST_CHUNK, self._largest)
+        most = LEAST_WORTH * self._seen.get(chunk, 0.0)
+        while chunk * 2 <= self._largest and chunk in self._seen and self._seen.get(chunk * 2, 0.0) <= most:
+            chunk *= 2
+        return chunk
+
     def observe_decode(self, rows: int, context: int, seconds: float) -> None:
         """Learn from what decoding took."""
-        self._decode_factor *= _correction(seconds, self.decode_seconds(rows, context))
+        self._decode.learn(*self._decode_parts(rows, context), seconds)
 
     def observe_prefill(self, positions: int, context: int, seconds: float) -> None:
         """Learn from what a chunk took."""
-        self._prefill_factor *= _correction(seconds, self.prefill_seconds(positions, context))
-
-    def observe_join(self, load: Load, seconds: float) -> None:
-        """Learn from what a join took."""
-        self._join_factor *= _correction(seconds, self.join_seconds(load))
-
-
-def _correction(real: float, planned: float) -> float:
-    """Factor for the estimate: the whole way up (at most x4), a fifth of the way down (at most to a half)."""
-    if planned <= 0 or real <= 0:
-        return 1.0
-    ratio = max(0.5, min(4.0, real / planned))
-    return ratio if ratio > 1 else 1 - (1 - ratio) / 5
+        self._seen[positions] = seconds
+        self._prefill.learn(*self._prefill_parts(positions, context), seconds)

@@ -7,15 +7,13 @@ shape of a family is run twice, and only when its first use was measurably slowe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-from mlx_lm.generate import StopSequences
-
 from service.engine.backend import Row
-from service.engine.batches import DecodeBatch, PrefillBatch
+from service.engine.batches import PrefillBatch
+from service.engine.decode_batch import DecodeBatch
 from service.engine.generation import SamplingParams
 from service.engine.pacing import SMALLEST_CHUNK, StepCosts
 from service.settings import EngineSettings
@@ -71,7 +69,7 @@ class Warmup:
             self._decode_sizes([1, self._backend.max_rows], params)
         progress(stages[-1], len(stages) - 1, len(stages))
         self._backend.pacer.calibrate(costs)
-        if self._cold_rehearsal(1, costs):
+        if self._cold_rehearsal(min(2, self._backend.max_rows), costs):
             self._cold_rehearsal(self._backend.max_rows, costs)
         return costs
 
@@ -122,7 +120,9 @@ class Warmup:
         backend.rebuild()
         began = self._clock()
         for uid in range(rows):
-            backend.insert(Row(uid=uid, prompt=(uid + 1,) * prompt, max_tokens=output, sampling=GREEDY, tenant=""))
+            # Every second one shorter: a cohort that is padded, and rows that end apart.
+            length, most = (prompt, output) if uid % 2 == 0 else (prompt // 2, output // 2)
+            backend.insert(Row(uid=uid, prompt=(uid + 1,) * length, max_tokens=most, sampling=GREEDY, tenant=""))
         left = rows
         while left:
             left -= sum(token.finish_reason is not None for token in backend.step().tokens)
@@ -138,31 +138,15 @@ class Warmup:
         return self._clock() - began
 
     def _decodes(self, costs: StepCosts) -> StepCosts:
-        """Warm the batch sizes, and measure decode and a join."""
+        """Warm the batch sizes, and measure decode."""
         most = self._backend.max_rows
         sizes = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
         seconds = self._decode_sizes(sizes, GREEDY)
         one, all_rows = seconds[1], seconds.get(most) or self._decode(most, GREEDY)
         row = max(0.0, all_rows - one) / max(1, most - 1)
         deep = self._deep
-        batch = self._decoding(1, GREEDY, deep)
-        context = max(0.0, self._steps(batch) - one) / deep
-        join = self._join(batch, deep) if most > 1 else 0.0
-        return replace(
-            costs, decode_base=max(0.0, one - row), decode_row=row, decode_context=context, join_position=join
-        )
-
-    def _join(self, batch: DecodeBatch, length: int) -> float:
-        """Seconds a position for a row to join a batch; the second of two, in memory that is mapped already."""
-        seconds = 0.0
-        for _ in range(2):
-            other = self._decoding(1, GREEDY, length)
-            mx.eval(batch.states(), other.states())
-            began = self._clock()
-            batch.extend(other)
-            mx.eval(batch.states())
-            seconds = (self._clock() - began) / (len(batch) * length)
-        return seconds
+        context = max(0.0, self._steps(self._decoding(1, GREEDY, deep)) - one) / deep
+        return replace(costs, decode_base=max(0.0, one - row), decode_row=row, decode_context=context)
 
     def _decode_sizes(self, sizes: Sequence[int], params: SamplingParams) -> dict[int, float]:
         """Seconds of a step by rows: the smallest size, and the others when its first use was colder."""
@@ -183,8 +167,10 @@ class Warmup:
         batch = self._decoding(rows, params)
         taken = self._steps(batch)
         if rows > 1:
-            batch.filter(list(range(rows - 1)))
-            batch.extend(self._decoding(1, params))
+            batch.emit()
+            batch.rows[0].leaving = True
+            exhaust(batch.drop())
+            exhaust(batch.join(self._prefilled(1, params, SHORT_PROMPT), rows))
             batch.next()
         return taken
 
@@ -197,10 +183,15 @@ class Warmup:
         return (self._clock() - began) / DECODE_STEPS
 
     def _decoding(self, rows: int, params: SamplingParams, length: int = SHORT_PROMPT) -> DecodeBatch:
+        batch = DecodeBatch(self._backend.model, frozenset())
+        exhaust(batch.join(self._prefilled(rows, params, length), rows))
+        return batch
+
+    def _prefilled(self, rows: int, params: SamplingParams, length: int) -> PrefillBatch:
         batch = self._batch(rows, length, params)
-        while batch.longest_rest > 1:
+        while not batch.ready:
             batch.advance(min(length, 256))
-        return batch.into_decode(StopSequences())
+        return batch
 
     def _batch(self, rows: int, length: int, params: SamplingParams) -> PrefillBatch:
         backend = self._backend
@@ -208,9 +199,13 @@ class Warmup:
             Row(uid=uid, prompt=(0,) * length, max_tokens=1 << 30, sampling=params, tenant="") for uid in range(rows)
         ]
         states = [backend.row_state(row) for row in prompts]
-        return PrefillBatch(
-            backend.model, states, [backend.fresh_cache() for _ in states], merge=backend.info.batchable
-        )
+        return PrefillBatch(backend.model, states, [backend.fresh_cache() for _ in states])
+
+
+def exhaust(chore: Iterator[None]) -> None:
+    """Carry out a chore as a whole."""
+    for _ in chore:
+        pass
 
 
 def _within(value: float, least: int, most: int) -> int:

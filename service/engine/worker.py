@@ -143,7 +143,7 @@ class Worker:
     def _turn(self) -> bool:
         """One pass of admit, step, deliver. False when told to stop."""
         with self._wake:
-            while not (self._orders or self._jobs):
+            while not (self._orders or self._jobs or self._backend.busy):
                 self._wake.wait()
             if self._orders.stop:
                 return False
@@ -162,6 +162,7 @@ class Worker:
         """Carry out cancels, aborts and deadlines in the books, admit who fits; the backend follows."""
         orders, self._orders = self._orders, Orders()
         plan = Plan()
+        self._admission.held_bytes = self.memory.batch
         for uid in orders.cancelled:
             if uid in self._jobs:
                 plan.remove.append(uid)

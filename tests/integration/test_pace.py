@@ -33,27 +33,30 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
 ) -> None:
     """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here."""
     length = count("bounded step: tokens of each of 8 prompts", 2000, 4000)
+    outputs = count("bounded step: output tokens of each", 64, 200)
     backend = MlxBackend(demo_settings)
     backend.load()
     backend.warm_up(lambda *_: None)
     rng = random.Random(5)
     for uid in range(8):
         prompt = tuple(rng.randrange(100, 40_000) for _ in range(length))
-        backend.insert(Row(uid=uid, prompt=prompt, max_tokens=16, sampling=SamplingParams(temperature=0), tenant="t"))
+        backend.insert(
+            Row(uid=uid, prompt=prompt, max_tokens=outputs, sampling=SamplingParams(temperature=0), tenant="t")
+        )
     seconds: list[float] = []
-    prefilled = 0
-    while prefilled < 8 * length:
+    ended = 0
+    while ended < 8 or backend.busy:
         began = time.perf_counter()
-        prefilled += backend.step().prefill_tokens
+        ended += sum(token.finish_reason is not None for token in backend.step().tokens)
         seconds.append(time.perf_counter() - began)
     backend.rebuild()
     seconds.sort()
-    longest, p95 = seconds[-1], seconds[int(len(seconds) * 0.95)]
+    longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
     median = statistics.median(seconds)
-    print(f"bounded step: longest {longest:.3f} s, p95 {p95:.3f} s, median {median:.3f} s, {len(seconds)} steps")
-    assert p95 <= demo_settings.engine.step_target
-    # Not held by the longest: 0.8 s and 1.2 s were seen, where a cache grows or a row joins (cause not proven).
-    assert longest <= 5 * demo_settings.engine.step_target
+    print(f"bounded step: longest {longest:.3f} s, p99 {p99:.3f} s, median {median:.3f} s, {len(seconds)} steps")
+    target = demo_settings.engine.step_target
+    assert p99 <= target
+    assert longest <= 2 * target
 
 
 async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_demo: Served) -> None:

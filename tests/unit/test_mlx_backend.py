@@ -16,10 +16,14 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.utils import load_tokenizer
 
+from service.engine import demo_model
 from service.engine.backend import Row, StepResult
 from service.engine.generation import FinishReason, SamplingParams
+from service.engine.loading import load_model
 from service.engine.mlx_backend import MlxBackend
+from service.engine.models import Progress
 from service.settings import Settings
+from tests.progress import Recorder
 from tests.tiny import make_tiny_llama
 
 GREEDY = SamplingParams(temperature=0)
@@ -136,6 +140,11 @@ def test_a_row_ended_by_the_engine_can_leave_its_prefix(backend: MlxBackend) -> 
     while not backend.step().tokens:
         pass
     backend.remove([1], keep_prefix=True)
+    steps = 0
+    while backend.busy:
+        backend.step()
+        steps += 1
+    assert steps == 1
     assert backend.memory().prefix_entries == 1
     backend.rebuild()
     assert backend.memory().prefix_entries == 0
@@ -288,3 +297,19 @@ def test_the_measured_peak_never_exceeds_the_estimate(
     estimate = backend.info.memory.peak_bytes([len(one.prompt) + one.max_tokens for one in asked])
     assert mx.get_peak_memory() - before <= estimate
     backend.rebuild()
+
+
+def test_loading_a_model_tells_of_its_download_and_conversion(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ensure(state_dir: Path, *, offline: bool, progress: Progress) -> Path:
+        assert (state_dir, offline) == (tmp_path, True)
+        progress.advance("convert", 2, 3)
+        return folder
+
+    monkeypatch.setattr(demo_model, "ensure", ensure)
+    settings = Settings.load(None, {"model.reference": "demo", "model.offline": True, "server.state_dir": tmp_path})
+    recorder = Recorder()
+    assert load_model(settings, recorder.advance).name == demo_model.NAME
+    assert recorder.steps == [("convert", 2, 3), ("reading the weights", 0, 0)]
+    assert load_model(settings).context_length == 4096, "nobody has to listen"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, strategies as st
 
-from service.engine.pacing import HEADROOM, SMALLEST_CHUNK, Load, Pacer, StepCosts, StepPlan
+from service.engine.pacing import DOWN, HEADROOM, SMALLEST_CHUNK, UP, Load, Pacer, StepCosts, StepPlan
 
 TARGET = 0.25
 LARGEST = 2048
@@ -19,9 +20,7 @@ COSTS = StepCosts(
     prefill_base=0.002,
     prefill_token=0.001,
     prefill_context=1e-7,
-    join_position=1e-6,
 )
-JOIN = Load(rows=3, context=700, cohort=2, cohort_context=500, joining=2)
 
 # From costs that are nothing to costs of which the smallest part is longer than the target.
 any_costs = st.builds(
@@ -32,7 +31,6 @@ any_costs = st.builds(
     prefill_base=st.floats(0, 0.1),
     prefill_token=st.floats(0, 0.02),
     prefill_context=st.floats(0, 1e-6),
-    join_position=st.floats(0, 1e-5),
 )
 
 
@@ -45,7 +43,7 @@ def loads(draw: st.DrawFn, least: int = 0) -> Load:
         context=draw(st.integers(1, 100_000)) if rows else 0,
         cohort=cohort,
         cohort_context=draw(st.integers(0, 100_000)) if cohort else 0,
-        joining=draw(st.sampled_from([0, cohort])),
+        computing=draw(st.booleans()) if rows else False,
     )
 
 
@@ -58,7 +56,6 @@ def parts(p: Pacer, load: Load, plan: StepPlan) -> list[float]:
     return [
         *([p.decode_seconds(load.rows, load.context)] if plan.decode else []),
         *([p.prefill_seconds(plan.chunk, load.cohort_context)] if plan.chunk else []),
-        *([p.join_seconds(load)] if plan.join else []),
     ]
 
 
@@ -70,31 +67,36 @@ def test_a_step_is_planned_within_its_target_unless_the_least_it_can_do_takes_lo
     for load in found:
         plan = p.plan(load)
         seconds = parts(p, load, plan)
-        indivisible = len(seconds) == 1 and plan.chunk in (0, SMALLEST_CHUNK)
-        assert indivisible or sum(seconds) <= TARGET * HEADROOM * (1 + 1e-9)
+        least = p.prefill_seconds(SMALLEST_CHUNK, load.cohort_context)
+        decode_alone = len(seconds) == 1 and plan.decode
+        smallest = len(seconds) == 1 and least > TARGET * HEADROOM and plan.chunk == SMALLEST_CHUNK
+        assert decode_alone or smallest or sum(seconds) <= TARGET * HEADROOM * (1 + 1e-9)
 
 
 @given(st.lists(loads(least=1), min_size=2, max_size=8), any_costs)
 def test_neither_the_live_rows_nor_the_cohort_wait_for_more_than_one_step(found: list[Load], costs: StepCosts) -> None:
     p = pacer(costs)
-    for plans in pairwise([p.plan(load) for load in found]):
-        assert any(plan.decode for plan in plans)
-        assert any(plan.chunk or plan.join for plan in plans)
+    plans = [StepPlan(decode=True)]
+    for load in found:
+        plans.append(p.plan(replace(load, computing=plans[-1].launch)))
+    for before, after in pairwise(plans):
+        assert before.decode or after.decode
+    for before, after in pairwise(plans[1:]):  # the first one may have to wait for a token that was on its way
+        assert before.chunk or after.chunk
 
 
 @given(loads(), any_costs)
 def test_a_step_does_what_its_load_asks_for_and_nothing_else(load: Load, costs: StepCosts) -> None:
     plan = pacer(costs).plan(load)
     assert load.rows or not plan.decode
-    assert plan.decode or plan.chunk or plan.join or not (load.rows or load.cohort)
-    assert not plan.join or load.joining
-    assert not plan.chunk or (load.cohort and not load.joining)
+    assert plan.decode or plan.chunk or not (load.rows or load.cohort)
+    assert plan.decode or not load.computing
+    assert not plan.chunk or load.cohort
     assert plan.chunk == 0 or SMALLEST_CHUNK <= plan.chunk <= LARGEST
 
 
 def test_what_fits_is_done_together() -> None:
     assert pacer().plan(Load(rows=8, context=100, cohort=1)) == StepPlan(decode=True, chunk=128)
-    assert pacer().plan(JOIN) == StepPlan(decode=True, join=True)
     assert pacer().plan(Load(rows=8, context=100)) == StepPlan(decode=True)
     assert pacer().plan(Load()) == StepPlan(decode=False)
 
@@ -102,16 +104,16 @@ def test_what_fits_is_done_together() -> None:
 def test_what_does_not_fit_is_done_in_turn_each_with_the_whole_target() -> None:
     p = pacer()
     load = Load(rows=94, context=100, cohort=1)
-    decode, prefill = StepPlan(decode=True), StepPlan(decode=False, chunk=128)
+    decode, prefill = StepPlan(decode=True, launch=False), StepPlan(decode=False, chunk=128, launch=False)
     assert [p.plan(load) for _ in range(4)] == [decode, prefill, decode, prefill]
-    joining = Load(rows=94, context=100, cohort=1, cohort_context=100, joining=1)
-    assert [p.plan(joining) for _ in range(4)] == [decode, StepPlan(decode=False, join=True)] * 2
 
 
-def test_after_a_step_that_decoded_it_is_the_cohorts_turn() -> None:
+def test_after_a_step_that_decoded_it_is_the_cohorts_turn_once_the_device_is_free() -> None:
     p = pacer()
     assert p.plan(Load(rows=94, context=100)) == StepPlan(decode=True)
-    assert p.plan(Load(rows=94, context=100, cohort=1)) == StepPlan(decode=False, chunk=128)
+    load = Load(rows=94, context=100, cohort=1)
+    assert p.plan(replace(load, computing=True)) == StepPlan(decode=True, launch=False)
+    assert p.plan(load) == StepPlan(decode=False, chunk=128, launch=False)
 
 
 def test_chunks_shrink_with_rows_and_context_and_have_a_largest() -> None:
@@ -133,61 +135,69 @@ def test_a_new_cohort_gets_what_fits_beside_the_live_rows(rows: int, context: in
     assert room == SMALLEST_CHUNK or seconds <= TARGET * HEADROOM * (1 + 1e-9)
 
 
-Estimate = Callable[[Pacer], float]
+Planned = Callable[[Pacer], float]
 Observe = Callable[[Pacer, float], None]
-LEARNT: dict[str, tuple[Estimate, Observe]] = {
+LEARNT: dict[str, tuple[Planned, Observe]] = {
     "decode": (lambda p: p.decode_seconds(8, 100), lambda p, seconds: p.observe_decode(8, 100, seconds)),
     "prefill": (lambda p: p.prefill_seconds(64, 100), lambda p, seconds: p.observe_prefill(64, 100, seconds)),
-    "join": (lambda p: p.join_seconds(JOIN), lambda p, seconds: p.observe_join(JOIN, seconds)),
 }
-learnt = pytest.mark.parametrize(("estimate", "observe"), LEARNT.values(), ids=LEARNT)
+learnt = pytest.mark.parametrize(("planned", "observe"), LEARNT.values(), ids=LEARNT)
 
 
 @learnt
-@given(ratio=st.floats(1, 100))
-def test_what_took_longer_is_believed_at_once_up_to_a_factor(
-    estimate: Estimate, observe: Observe, ratio: float
-) -> None:
+@given(ratio=st.floats(0.1, 10))
+def test_what_steps_really_take_is_learnt(planned: Planned, observe: Observe, ratio: float) -> None:
     p = pacer()
-    planned = estimate(p)
-    observe(p, planned * ratio)
-    assert estimate(p) == pytest.approx(planned * min(ratio, 4))
+    real = planned(p) * ratio
+    for _ in range(200):
+        observe(p, real)
+    assert planned(p) == pytest.approx(real, rel=1e-3)
 
 
 @learnt
-@given(ratio=st.floats(1e-3, 1))
-def test_what_took_less_is_believed_a_little_at_a_time(estimate: Estimate, observe: Observe, ratio: float) -> None:
-    p = pacer()
-    planned = estimate(p)
-    observe(p, planned * ratio)
-    assert planned * 0.9 <= estimate(p) * (1 + 1e-9)
-    assert estimate(p) <= planned
-    for _ in range(100):
-        observe(p, planned * ratio)
-    assert estimate(p) == pytest.approx(planned * ratio, rel=1e-3)
+def test_what_took_longer_is_believed_sooner_and_a_hiccup_is_no_lesson(planned: Planned, observe: Observe) -> None:
+    slower, faster, hiccup = pacer(), pacer(), pacer()
+    usual = planned(pacer())
+    observe(slower, 1.5 * usual)
+    observe(faster, 0.5 * usual)
+    observe(hiccup, 100 * usual)
+    assert planned(slower) == pytest.approx(usual * (1 + 0.5 * UP))
+    assert planned(faster) == pytest.approx(usual * (1 - 0.5 * DOWN))
+    assert planned(hiccup) == pytest.approx(usual * (1 + UP))
 
 
 @learnt
-def test_a_step_of_no_time_teaches_nothing_and_calibration_forgets(estimate: Estimate, observe: Observe) -> None:
+def test_a_step_of_no_time_teaches_nothing_and_calibration_forgets(planned: Planned, observe: Observe) -> None:
     p = pacer()
-    planned = estimate(p)
+    usual = planned(p)
     observe(p, 0.0)
-    assert estimate(p) == planned
-    observe(p, 3 * planned)
+    assert planned(p) == usual
+    observe(p, 3 * usual)
     p.calibrate(COSTS)
-    assert estimate(p) == planned
+    assert planned(p) == usual
 
 
 def test_each_kind_of_work_is_learnt_by_itself() -> None:
-    for kind, (estimate, observe) in LEARNT.items():
+    for kind, (planned, observe) in LEARNT.items():
         p = pacer()
-        observe(p, 2 * estimate(p))
-        changed = {name for name, (other, _) in LEARNT.items() if other(p) != other(pacer())}
-        assert changed == ({"prefill", "join"} if kind == "prefill" else {kind})  # a join runs one position a row
+        observe(p, 2 * planned(p))
+        assert {name for name, (other, _) in LEARNT.items() if other(p) != other(pacer())} == {kind}
 
 
-def test_a_slow_chunk_shrinks_the_next_one() -> None:
+def test_slow_chunks_shrink_the_next_one() -> None:
     p = pacer()
-    load = Load(cohort=1)
-    p.observe_prefill(128, 0, 4 * p.prefill_seconds(128, 0))
-    assert p.plan(load).chunk == 32
+    for _ in range(20):
+        p.observe_prefill(128, 0, 0.6)
+    assert p.plan(Load(cohort=1)).chunk == 32
+
+
+def test_where_a_small_chunk_costs_what_a_large_one_does_the_prompt_gets_on() -> None:
+    """Seen on a GPU: 80 ms for 16 positions and 100 ms for 512; halving the chunk for ever took 94 s for 16,000."""
+    p = Pacer(target=0.05, largest=LARGEST, costs=StepCosts(prefill_base=0.005, prefill_token=4e-5))
+    chunks = []
+    for _ in range(40):
+        chunk = p.plan(Load(rows=16, context=1000, cohort=1)).chunk
+        chunks.append(chunk)
+        if chunk:
+            p.observe_prefill(chunk, 0, 0.08 + chunk * 4e-5)
+    assert max(chunks[-4:]) >= 512

@@ -1,0 +1,242 @@
+"""The rows that decode: one forward pass computes one token for each of them.
+
+Takes the place of mlx-lm's `GenerationBatch`, on its caches and models: there every join, leave and growth
+copies the whole KV cache (see `row_cache.py`), and the last prompt token of who joins costs a forward pass of
+its own. Belongs to the generation thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from service.engine.batches import PrefillBatch, RowState
+from service.engine.generation import FinishReason
+from service.engine.row_cache import Places, RowCache, rounded
+from service.engine.sampling import Sampler
+
+
+class Emitted(NamedTuple):
+    """One row's next token, and why it is the row's last."""
+
+    state: RowState
+    token: int
+    reason: FinishReason | None
+
+
+class DecodeBatch:
+    """Rows and their caches. A token is launched (computed in the background), then emitted (waited for).
+
+    With two launched at a time the device computes while Python works. Copies are made while none is launched,
+    layer by layer so that a step can stop in between. Rows with an equal sampler are drawn in one call; an
+    exception out of one row's processors or sampler fails that row alone (`failed`).
+    """
+
+    def __init__(self, model: Any, eos: frozenset[int]) -> None:
+        self.model = model
+        self.eos = eos
+        self.rows: list[RowState] = []
+        self.tokens: list[list[int]] = []
+        """Each row's prompt and what it emitted; the newest is not in the cache before the next is launched."""
+        self.cache: list[Any] = []
+        self.failed: dict[int, Exception] = {}
+        self._places = Places()
+        self._launched: list[mx.array] = []
+        self._newest = mx.array([], dtype=mx.uint32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def launched(self) -> int:
+        """Tokens of each row that are being computed and were not emitted: 0, 1 or 2."""
+        return len(self._launched)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the longest row has in its cache."""
+        return self._places.reach - 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.cache)
+
+    def wanted_capacity(self, coming: int) -> tuple[int, int] | None:
+        """(rows, positions) to change to, with `coming` rows expected; None while the present buffers will do.
+
+        They will not when the next two tokens do not fit, nor when less than half of them is needed.
+        """
+        rows, positions = next((layer.capacity for layer in self.cache if isinstance(layer, RowCache)), (0, 0))
+        reach, expected = self._places.reach + 1, len(self) + coming
+        if not rows:
+            return None
+        if reach > positions:
+            return max(rows, expected), reach
+        if rows * positions > 2 * expected * rounded(reach):
+            return expected, reach
+        return None
+
+    def launch(self) -> None:
+        """Start computing the next token of every row."""
+        inputs = self._newest
+        logits = self.model(inputs[:, None], cache=self.cache)[:, -1, :]
+        logits = self._process(inputs, logits)
+        self._newest = self._sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        self._places.advance()
+        mx.async_eval(self._newest)
+        self._launched.append(self._newest)
+
+    def emit(self) -> list[Emitted]:
+        """Wait for the oldest token that was launched. Rows that end are `leaving`, to be dropped."""
+        tokens = self._launched.pop(0).tolist()
+        emitted = []
+        for state, known, token in zip(self.rows, self.tokens, tokens, strict=True):
+            if state.leaving:
+                continue
+            known.append(token)
+            state.sampled += 1
+            reason = FinishReason.LENGTH if state.sampled == state.row.max_tokens else None
+            reason = FinishReason.STOP if token in self.eos else reason
+            state.leaving = reason is not None
+            emitted.append(Emitted(state, token, reason))
+        return emitted
+
+    def next(self) -> list[Emitted]:
+        """One token of every row, while the device goes on with the one after it."""
+        while self.launched < 2:  # noqa: PLR2004 -- one that is waited for, and one ahead
+            self.launch()
+        return self.emit()
+
+    def abandon_if_nobodys(self) -> None:
+        """Forget what is launched when every row is leaving."""
+        if all(state.leaving for state in self.rows):
+            self._launched.clear()
+
+    def join(self, prefilled: PrefillBatch, rows: int) -> Iterator[None]:
+        """Layer by layer, take over prefilled rows, in buffers for at least `rows` rows.
+
+        Nothing may be launched before the first layer, nor between two. The other batch is spent.
+        """
+        assert not self._launched
+        theirs = Places([len(tokens) for tokens in prefilled.tokens])
+        rows = max(rows, len(self) + len(prefilled.rows))
+        for index, layer in enumerate(prefilled.prompt_cache):
+            taken = RowCache.take(theirs, layer) or _batched(layer)
+            mine = self._extended(index, taken, rows, theirs.reach)
+            mx.eval(mine.state)
+            prefilled.prompt_cache[index] = None
+            yield
+        self._places.extend(theirs.lengths)
+        self.rows += prefilled.rows
+        self.tokens += [[*known, state.rest[0]] for known, state in zip(prefilled.tokens, prefilled.rows, strict=True)]
+        self._newest = mx.concatenate([self._newest, mx.array([state.rest[0] for state in prefilled.rows], mx.uint32)])
+
+    def _extended(self, index: int, layer: Any, rows: int, reach: int) -> Any:
+        """This batch's layer with the rows of another one's; a first batch becomes this one's own."""
+        if not self.rows:
+            if isinstance(layer, RowCache):
+                layer = RowCache(self._places, layer.keys, layer.values)
+                if rows > layer.capacity[0] or reach > layer.capacity[1]:
+                    layer.resize(rows, reach)
+            self.cache[index:] = [layer]
+        elif isinstance(layer, RowCache):
+            mine = self.cache[index]
+            positions = max(reach, self._places.reach)
+            if rows > mine.capacity[0] or positions > mine.capacity[1]:
+                mine.resize(rows, positions)
+            mine.extend(layer)
+        else:
+            self.cache[index].extend(layer)
+        return self.cache[index]
+
+    def extract(self, index: int, layers: list[Any]) -> Iterator[None]:
+        """Layer by layer, append a copy of one row to `layers`; it holds `known(index)`. Nothing may be launched."""
+        assert not self._launched
+        for layer in self.cache:
+            copy = layer.extract(index) if hasattr(layer, "extract") else layer
+            mx.eval(copy.state)
+            layers.append(copy)
+            yield
+
+    def known(self, index: int) -> list[int]:
+        """The tokens in a row's cache while nothing is launched."""
+        return self.tokens[index][: self._places.lengths[index]]
+
+    def drop(self) -> Iterator[None]:
+        """Layer by layer, take out the rows that are leaving; into their places the last ones move.
+
+        Nothing may be launched before the first layer, nor between two.
+        """
+        assert not self._launched
+        order = _compacted([not state.leaving for state in self.rows])
+        for layer in self.cache:
+            layer.filter(order)
+            mx.eval(layer.state)
+            yield
+        self._places.filter(order)
+        self.rows = [self.rows[index] for index in order]
+        self.tokens = [self.tokens[index] for index in order]
+        self._newest = self._newest[mx.array(order)]
+
+    def resize(self, rows: int, positions: int) -> Iterator[None]:
+        """Layer by layer, change the capacity."""
+        for layer in self.cache:
+            if isinstance(layer, RowCache):
+                layer.resize(max(rows, len(self)), max(positions, self._places.reach))
+                mx.eval(layer.state)
+                yield
+
+    def _process(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        if not any(state.processors for state in self.rows):
+            return logits
+        rows = []
+        for index, state in enumerate(self.rows):
+            row = logits[index : index + 1]
+            if state.processors:
+                row = self._guarded(index, state.processors, inputs[index : index + 1], row, fallback=row)
+            rows.append(row)
+        return mx.concatenate(rows, axis=0)
+
+    def _sample(self, logprobs: mx.array) -> mx.array:
+        first = self.rows[0].sampler
+        if all(state.sampler is first for state in self.rows):
+            return self._draw(range(len(self.rows)), first, logprobs)
+        groups: dict[int, list[int]] = {}
+        for index, state in enumerate(self.rows):
+            groups.setdefault(id(state.sampler), []).append(index)
+        drawn = [self._draw(rows, self.rows[rows[0]].sampler, logprobs[mx.array(rows)]) for rows in groups.values()]
+        order = [index for rows in groups.values() for index in rows]
+        position = sorted(range(len(order)), key=order.__getitem__)
+        return mx.concatenate(drawn)[mx.array(position)]
+
+    def _draw(self, rows: Sequence[int], sampler: Sampler, logprobs: mx.array) -> mx.array:
+        """One call for rows that share a sampler; when it raises, each of them alone."""
+        if len(rows) == 1:
+            return self._guarded(rows[0], sampler, logprobs, fallback=mx.zeros(1, dtype=mx.uint32))
+        drawn = self._guarded(None, sampler, logprobs, fallback=None)
+        if drawn is not None:
+            return drawn
+        return mx.concatenate([self._draw([row], sampler, logprobs[at : at + 1]) for at, row in enumerate(rows)])
+
+    def _guarded(self, index: int | None, function: Any, *arguments: mx.array, fallback: Any) -> Any:
+        """Call one row's own code; its exception becomes that row's failure, reported by the next step."""
+        try:
+            return function(*arguments)
+        except Exception as error:  # noqa: BLE001  the one row's processors of the architecture rule; the worker logs it
+            if index is not None:
+                self.failed.setdefault(self.rows[index].row.uid, error)
+            return fallback
+
+
+def _batched(layer: Any) -> Any:
+    """mlx-lm's own kind of batch for a layer of one row; itself when it is one, or cannot be."""
+    return layer.merge([layer]) if hasattr(layer, "merge") and not hasattr(layer, "extract") else layer
+
+
+def _compacted(kept: Sequence[bool]) -> list[int]:
+    """Which old index each new one gets: kept rows stay where they can, the last ones fill the gaps."""
+    count = sum(kept)
+    movers = [index for index in range(count, len(kept)) if kept[index]]
+    return [index if kept[index] else movers.pop() for index in range(count)]

@@ -1,0 +1,171 @@
+"""The KV cache of decoding rows: a row joins, leaves and grows without a copy of the others.
+
+mlx-lm's `BatchKVCache` aligns rows at their newest token, so that every join, leave and growth copies the whole
+batch into new memory: twice the memory at the peak, and a pause that grows with rows x length. Here row i of a
+layer lies at [i, :, 0 : length_i] of a buffer with spare rows and positions. A new token is written in place
+at each row's own length; who joins is copied into a spare row; into the place of one that leaves the last row
+is moved. Only more capacity means a copy, one layer at a time. Belongs to the generation thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+from service.engine.memory import KV_STEP
+
+
+class Places:
+    """Where each row writes its next token; one object shared by all layers of a batch."""
+
+    def __init__(self, lengths: Sequence[int] = ()) -> None:
+        self.lengths = list(lengths)
+        self._place()
+
+    def _place(self) -> None:
+        self.offset = mx.array(self.lengths, dtype=mx.int32)
+        self.index = mx.arange(len(self.lengths))
+        self._masks: dict[int | None, mx.array] = {}
+
+    @property
+    def reach(self) -> int:
+        """Positions that the next token's attention spans, its own included."""
+        return max(self.lengths, default=0) + 1
+
+    def advance(self) -> None:
+        """Every row has written one token."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self._place()
+
+    def extend(self, lengths: Sequence[int]) -> None:
+        self.lengths += lengths
+        self._place()
+
+    def filter(self, order: Sequence[int]) -> None:
+        """Row i is from now on what was row `order[i]`."""
+        self.lengths = [self.lengths[index] for index in order]
+        self._place()
+
+    def mask(self, window: int | None) -> mx.array:
+        """(rows, 1, 1, reach) booleans: which positions a row's next token may attend to. Made once a step."""
+        if window not in self._masks:
+            positions, offset = mx.arange(self.reach)[None], self.offset[:, None]
+            seen = positions <= offset
+            if window is not None:
+                seen = seen & (offset < positions + window)
+            self._masks[window] = seen[:, None, None, :]
+        return self._masks[window]
+
+
+class RowCache:
+    """One layer. Speaks the part of mlx-lm's cache protocol that a model uses to decode one token a row."""
+
+    def __init__(self, places: Places, keys: Any, values: Any) -> None:
+        self._places = places
+        self.keys = keys
+        self.values = values
+        self.capacity = (0, 0) if keys is None else (keys.shape[0], keys.shape[2])
+        """(rows, positions) that fit without a copy. The buffers of rows that hold nothing yet are made by the
+        first write."""
+
+    @classmethod
+    def take(cls, places: Places, layer: Any) -> RowCache | None:
+        """Take over a prefilled layer, its rows moved to the front; None for another kind of cache."""
+        if type(layer) not in (BatchKVCache, KVCache):
+            return None
+        keys, values = layer.keys, layer.values
+        padding = layer.left_padding.tolist() if type(layer) is BatchKVCache else ()
+        if keys is not None and any(padding):
+            reach = max(places.lengths)
+            keys, values = (_fronted(array, padding, reach) for array in (keys, values))
+        return cls(places, keys, values)
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each row so far, which is the position of its next one."""
+        return self._places.offset
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [] if self.keys is None else [self.keys, self.values]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.state)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:  # noqa: ARG002, N803 -- mlx-lm's signature
+        return self._places.mask(window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write one token a row in place; returns what the rows attend to, as views."""
+        places, reach, rows = self._places, self._places.reach, len(self._places.lengths)
+        if self.keys is None:
+            self.capacity = (max(rows, self.capacity[0]), max(rounded(reach), self.capacity[1]))
+            self.keys, self.values = (self._empty_like(array) for array in (keys, values))
+        elif reach > self.capacity[1]:  # nobody grew it ahead of time
+            self.resize(self.capacity[0], reach)
+        self.keys[places.index, :, places.offset] = keys[:, :, 0]
+        self.values[places.index, :, places.offset] = values[:, :, 0]
+        return self.keys[:rows, :, :reach], self.values[:rows, :, :reach]
+
+    def _empty_like(self, array: mx.array) -> mx.array:
+        return mx.zeros((self.capacity[0], array.shape[1], self.capacity[1], array.shape[3]), array.dtype)
+
+    def resize(self, rows: int, positions: int) -> None:
+        """Move to buffers for `rows` rows and `positions` positions (rounded up to 256)."""
+        self.capacity = rows, rounded(positions)
+        if self.keys is not None:
+            self.keys, self.values = resized(self.keys, *self.capacity), resized(self.values, *self.capacity)
+
+    def extend(self, other: RowCache) -> None:
+        """Copy another batch's rows into the spare ones, for which there is capacity."""
+        if other.keys is None:
+            return
+        if self.keys is None:
+            self.keys, self.values = self._empty_like(other.keys), self._empty_like(other.values)
+        mine, new, reach = len(self._places.lengths), len(other._places.lengths), max(other._places.lengths)
+        self.keys[mine : mine + new, :, :reach] = other.keys[:new, :, :reach]
+        self.values[mine : mine + new, :, :reach] = other.values[:new, :, :reach]
+
+    def filter(self, order: Sequence[int]) -> None:
+        """Row i becomes what was row `order[i]`, which no earlier i has replaced."""
+        for to, source in enumerate(order):
+            if to != source:
+                self.keys = self._moved(self.keys, to, source)
+                self.values = self._moved(self.values, to, source)
+
+    def _moved(self, array: mx.array, to: int, source: int) -> mx.array:
+        row = mx.contiguous(array[source : source + 1, :, : self._places.lengths[source]])
+        mx.eval(row)  # a view of the buffer, still waiting to be read, would make the write below copy all of it
+        array[to : to + 1, :, : row.shape[2]] = row
+        return array
+
+    def extract(self, index: int) -> KVCache:
+        """A copy of one row."""
+        cache, length = KVCache(), self._places.lengths[index]
+        cache.keys = mx.contiguous(self.keys[index : index + 1, :, :length])
+        cache.values = mx.contiguous(self.values[index : index + 1, :, :length])
+        cache.offset = length
+        return cache
+
+
+def resized(array: mx.array, rows: int, positions: int) -> mx.array:
+    """A (rows, heads, positions, width) buffer with what of `array` fits, zeros beyond."""
+    kept = array[:rows, :, :positions]
+    spare = [(0, rows - kept.shape[0]), (0, 0), (0, positions - kept.shape[2]), (0, 0)]
+    return mx.contiguous(kept) if not any(more for _, more in spare) else mx.pad(kept, spare)
+
+
+def _fronted(array: mx.array, padding: Sequence[int], reach: int) -> mx.array:
+    """Left-padded rows moved to the front."""
+    width = max(padding)
+    array = mx.pad(array, [(0, 0), (0, 0), (0, max(0, reach + width - array.shape[2])), (0, 0)])
+    return mx.concatenate([array[i : i + 1, :, skip : skip + reach] for i, skip in enumerate(padding)])
+
+
+def rounded(positions: int) -> int:
+    """Up to the next step by which caches grow."""
+    return -(-positions // KV_STEP) * KV_STEP
