@@ -73,8 +73,11 @@ serve: $(RUNTIME) ## Start the service in the foreground (PORT=, HOST=, CONFIG=)
 
 # As root with apt-get at hand the Debian packages are brought; elsewhere what needs them skips and says so.
 debian-packages:
-	@if [ "$(VARIANT)" = cpu ] && [ -z '$(OPENBLAS)' ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends libopenblas0-pthread >/dev/null; fi
+	@missing=; \
+	if [ "$(VARIANT)" = cpu ] && [ -z '$(OPENBLAS)' ]; then missing="$$missing libopenblas0-pthread"; fi; \
+	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then missing="$$missing postgresql"; fi; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
 
 test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (ARGS= goes to pytest)

@@ -16,15 +16,18 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from service import __version__
-from service.api import docs, health, metrics as metrics_route, native
+from service.api import admin, docs, health, metrics as metrics_route, native
 from service.api.deps import AppState
 from service.api.errors import ErrorRenderer
 from service.api.middleware.access import AccessLog
+from service.api.middleware.authentication import Authentication
 from service.api.middleware.body_limit import BodyLimit
+from service.api.middleware.client import ClientAddress
 from service.api.middleware.context import RequestContext
 from service.api.middleware.hosts import AllowedHosts
 from service.api.openai import chat, completions, models
 from service.api.protocol import BoundedProtocol, Policy, bounded_protocol
+from service.auth.access_control import AccessControl, AccessService, DevelopmentKey
 from service.engine.backend import Backend
 from service.engine.engine import Engine
 from service.engine.telemetry import Telemetry
@@ -45,28 +48,46 @@ class App:
     asgi: FastAPI
     engine: Engine
     protocol: type[BoundedProtocol]
+    access: AccessService
+
+    def open(self) -> DevelopmentKey | None:
+        """Reach the database before the first request; returns the development key where there is one.
+
+        Blocks. Raises ConfigurationError. What cannot be reached is tried again while the service runs.
+        """
+        self.access.open()
+        return self.access.development_key
 
 
 def build(settings: Settings, backend: Backend | None = None) -> App:
-    """Build the service over `backend`; without one over mlx, whose first import this is."""
+    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError."""
+    metrics = Metrics()
+    access = AccessService(settings, metrics)
     if backend is None:
         from service.engine.mlx_backend import MlxBackend
 
         backend = MlxBackend(settings)
-    metrics = Metrics()
     engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
     inference = Inference(engine, settings)
-    asgi = create_app(settings, engine=engine, inference=inference, metrics=metrics, running=_closing(inference))
+    asgi = create_app(
+        settings,
+        engine=engine,
+        inference=inference,
+        metrics=metrics,
+        access=access.control,
+        running=_running(access, inference),
+    )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
-    return App(asgi, engine, bounded_protocol(policy))
+    return App(asgi, engine, bounded_protocol(policy), access)
 
 
 @asynccontextmanager
-async def _closing(inference: Inference) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        inference.close()
+async def _running(access: AccessService, inference: Inference) -> AsyncIterator[None]:
+    async with access.run():
+        try:
+            yield
+        finally:
+            inference.close()
 
 
 def create_app(
@@ -75,6 +96,7 @@ def create_app(
     engine: Engine,
     inference: Inference,
     metrics: Metrics,
+    access: AccessControl,
     running: AbstractAsyncContextManager[object] | None = None,
     new_id: Callable[[], str] = new_id,
     jitter: Callable[[], float] = random.random,
@@ -92,6 +114,7 @@ def create_app(
         inference=inference,
         metrics=metrics,
         errors=ErrorRenderer(jitter),
+        access=access,
         new_id=new_id,
         now=now,
         started=int(now()),
@@ -114,7 +137,7 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], clo
         middleware=_middleware(state, clock),
     )
     state["errors"].install(app)
-    for part in (health, native, chat, completions, models, metrics_route):
+    for part in (health, native, chat, completions, models, metrics_route, admin):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app
@@ -126,6 +149,8 @@ def _middleware(state: AppState, clock: Callable[[], float]) -> list[Middleware]
     return [
         Middleware(RequestContext, errors=errors, metrics=metrics, new_id=state["new_id"]),
         Middleware(AccessLog, metrics=metrics, clock=clock),
+        Middleware(ClientAddress, trusted=settings.server.trusted_proxies),
         Middleware(AllowedHosts, allowed=settings.server.allowed_hosts, errors=errors),
+        Middleware(Authentication, access=state["access"], errors=errors, metrics=metrics),
         Middleware(BodyLimit, limits=settings.http, errors=errors),
     ]

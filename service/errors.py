@@ -14,6 +14,11 @@ dialect of the path; nothing else turns an exception into bytes.
      +- RequestTimeout           408  the client was too slow to send its request
      +- PayloadTooLarge          413
      +- UnsupportedMediaType     415
+     +- LimitExceeded            429  the client's own limit, never our overload
+     |   +- RateLimited          429  requests in a minute or a second
+     |   +- TokenLimited         429  tokens in a minute
+     |   +- TooManyConcurrent    429
+     |   +- QuotaExhausted       429  of the day or the month: an SDK's retry cannot help
      +- RequestHeadTooLarge      431  request line and headers, refused before there is a request
      +- Internal                 500
      |   +- GenerationFailed     500  tokens may have been spent: never retried by an SDK
@@ -23,6 +28,7 @@ dialect of the path; nothing else turns an exception into bytes.
      |   +- Draining             503
      |   +- EngineFailed         503
      |   +- StorageUnavailable   503  the database cannot be asked; never taken for a wrong credential
+     |   +- IssuerUnavailable    503  no key of a token's issuer was ever had, or not for long
      +- DeadlineExceeded         504  `phase` says where the time went
      +- ModelUnavailable              an operator's problem; never reaches a client as such
 """
@@ -126,6 +132,28 @@ class UnsupportedMediaType(ServiceError):
     code = "unsupported_media_type"
 
 
+class LimitExceeded(ServiceError):
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class RateLimited(LimitExceeded):
+    code = "rate_limit_requests"
+
+
+class TokenLimited(LimitExceeded):
+    code = "rate_limit_tokens"
+
+
+class TooManyConcurrent(LimitExceeded):
+    code = "concurrency_limit"
+
+
+class QuotaExhausted(LimitExceeded):
+    code = "quota_exhausted"
+    should_retry = False
+
+
 class RequestHeadTooLarge(ServiceError):
     status = 431
     code = "request_head_too_large"
@@ -164,6 +192,12 @@ class EngineFailed(Unavailable):
 
 class StorageUnavailable(Unavailable):
     code = "storage_unavailable"
+
+
+class IssuerUnavailable(Unavailable):
+    """A token cannot be verified because its issuer's keys cannot be had; its own 401 would be a guess."""
+
+    code = "issuer_unavailable"
 
 
 class CredentialRevoked(Unauthorized):

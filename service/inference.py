@@ -54,12 +54,22 @@ class Inference:
         info = self.engine.info or self.engine.ready_info()
         return (info.name, *(alias for alias in self._settings.model.aliases if alias != info.name))
 
-    def resolve_model(self, name: str | None) -> str:
-        """The served model's own name for one of its names (None: whichever is served). Raises NotFound."""
+    def models_of(self, principal: Principal) -> tuple[str, ...]:
+        """The names that `principal` may use. One that may use the model's own name may use its aliases."""
         names = self.model_names
-        if name is not None and name not in names:
+        if principal.models is None or names[0] in principal.models:
+            return names
+        return tuple(name for name in names if name in principal.models)
+
+    def resolve_model(self, name: str | None, principal: Principal) -> str:
+        """The served model's own name for one of its names (None: whichever is served).
+
+        Raises NotFound, also for a model that is served but not to `principal`.
+        """
+        names = self.models_of(principal)
+        if not names or (name is not None and name not in names):
             raise NotFound("The requested model is not served here.", code="model_not_found", param="model")
-        return names[0]
+        return self.model_names[0]
 
     async def start(self, ask: Ask, principal: Principal, stack: AsyncExitStack) -> list[Generation]:
         """Tokenise, check and submit; `stack` then owns closing every generation.
@@ -67,7 +77,7 @@ class Inference:
         Every refusal is a ServiceError raised here, before any byte is sent.
         """
         info = self.engine.ready_info()
-        self.resolve_model(ask.model)
+        self.resolve_model(ask.model, principal)
         deadline = self.engine.clock() + self._settings.engine.request_timeout
         prompt = await self._tokens(ask, info)
         request = GenerationRequest(

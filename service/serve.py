@@ -13,19 +13,22 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import uvicorn
 
-from service.console import Console
+from service.console import OWN_KEY, Console, Credential
 from service.engine.engine import EngineState, EngineStatus
 from service.errors import ModelUnavailable, ServiceError
 from service.observability.logging import get_logger
 from service.settings import ServerSettings, Settings
+from service.settings.tls import tls_context
 
 _log = get_logger(__name__)
 
@@ -62,6 +65,16 @@ class EngineControl(Protocol):
         """End the generation thread and free the model. Harmless in every state."""
 
 
+class DevelopmentKey(Protocol):
+    """The one key that is kept in clear, in a file that only we may read."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def file(self) -> Path: ...
+
+
 class App(Protocol):
     """What `service.app.build` returns."""
 
@@ -75,6 +88,9 @@ class App(Protocol):
     def protocol(self) -> type[asyncio.Protocol]:
         """Uvicorn's httptools protocol, with bounds."""
 
+    def open(self) -> DevelopmentKey | None:
+        """Make ready what must be before the first request. Blocks. Raises ConfigurationError."""
+
 
 def run(
     settings: Settings,
@@ -84,6 +100,7 @@ def run(
     """Serve until told to stop; returns the process's exit code. Must be called on the main thread.
 
     `leave` ends the process on the spot, for a second signal and for a generation thread that does not end.
+    Raises ConfigurationError for what only shows when it is used, such as a certificate.
     """
     try:
         listener = listen(settings.server)
@@ -95,7 +112,13 @@ def run(
         leave = leave_now
     app = (build or _build)(settings)
     server = Server(_uvicorn_config(settings, app))
-    console = Console(sys.stdout, host=settings.server.host, port=listener.getsockname()[1])
+    console = Console(
+        sys.stdout,
+        host=settings.server.host,
+        port=listener.getsockname()[1],
+        tls=settings.server.tls_certificate is not None,
+        credential=_credential(settings, app.open()),
+    )
     process = Process(server, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         return runner.run(process.run(listener))
@@ -136,7 +159,15 @@ def listen(settings: ServerSettings) -> socket.socket:
     return listener
 
 
+def _credential(settings: Settings, key: DevelopmentKey | None) -> Credential | None:
+    """What the banner's example shows; None where nobody is asked."""
+    if not settings.auth.enabled:
+        return None
+    return OWN_KEY if key is None else Credential(key.text, f"$(cat {shlex.quote(str(key.file))})")
+
+
 def _uvicorn_config(settings: Settings, app: App) -> uvicorn.Config:
+    tls = tls_context(settings.server)
     return uvicorn.Config(
         app.asgi,
         interface="asgi3",
@@ -152,6 +183,7 @@ def _uvicorn_config(settings: Settings, app: App) -> uvicorn.Config:
         log_level="warning",  # its milestones are ours too, and better told
         server_header=False,
         proxy_headers=False,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
     )
 
 

@@ -8,9 +8,10 @@ import ast
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from service.auth.principal import Principal
+from service.api.deps import Requires
+from service.auth.principal import Scope
 
 Finding = str
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -138,6 +139,7 @@ FREEZERS = frozenset({"frozenset", "tuple", "MappingProxyType", "types.MappingPr
 BUILDERS = FREEZERS | {
     *("re.compile", "Path", "TypeVar", "ParamSpec", "NewType", "object", "int", "float", "struct.Struct"),
     *("get_logger", "structlog.get_logger", "logging.getLogger"),  # configured elsewhere, hold nothing of ours
+    *("sa.MetaData", "sa.Table", "sa.Column", "sa.JSON"),  # the shape of the tables, complete once imported
 }
 
 
@@ -255,18 +257,28 @@ def _is_string(line: ast.stmt) -> bool:
 
 
 def open_routes(routes: Iterable[Any], public: Collection[str]) -> Iterator[str]:
-    """Paths that are neither public nor have a dependency, however deep, that returns a Principal.
-
-    FastAPI keeps an included router as one entry; `effective_route_contexts` are its routes as they are served.
-    """
-    for route in routes:
-        if hasattr(route, "effective_route_contexts"):
-            yield from open_routes(route.effective_route_contexts(), public)
-            yield from open_routes(route.effective_low_priority_routes(), public)
-        elif route.path not in public and not _needs_principal(getattr(route, "dependant", None)):
+    """Paths that are not public and do not declare exactly one scope (`Requires`), however deep."""
+    for route in mounted_routes(routes):
+        if route.path not in public and len(list(required_scopes(getattr(route, "dependant", None)))) != 1:
             yield route.path
 
 
-def _needs_principal(dependant: Any) -> bool:
-    inner = dependant.dependencies if dependant is not None else []
-    return any(get_type_hints(each.call).get("return") is Principal or _needs_principal(each) for each in inner)
+def mounted_routes(routes: Iterable[Any]) -> Iterator[Any]:
+    """Every route as it is served.
+
+    FastAPI keeps an included router as one entry; `effective_route_contexts` are its routes.
+    """
+    for route in routes:
+        if hasattr(route, "effective_route_contexts"):
+            yield from mounted_routes(route.effective_route_contexts())
+            yield from mounted_routes(route.effective_low_priority_routes())
+        else:
+            yield route
+
+
+def required_scopes(dependant: Any) -> Iterator[Scope]:
+    """Every scope that a route's dependencies ask for."""
+    for each in dependant.dependencies if dependant is not None else []:
+        if isinstance(each.call, Requires):
+            yield each.call.scope
+        yield from required_scopes(each)

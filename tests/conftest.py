@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from service.engine.models import resolve
 from tests.tiny import make_tiny_llama
 
-pytest_plugins = ["tests.real_model"]
+pytest_plugins = ["tests.real_model", "tests.databases"]
 ROOT = Path(__file__).parent.parent
 COUNTS = pytest.StashKey[dict[str, int]]()
 

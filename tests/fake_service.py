@@ -34,6 +34,8 @@ class FakeEngine:
     lifespan_fails: bool = False
     state: EngineState = EngineState.STARTING
     detail: str = "reading [weights]"
+    done: int = 0
+    total: int = 0
     failure: ServiceError | None = None
     running: int = 0
     stopped: bool = False
@@ -43,7 +45,14 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            state=self.state, detail=self.detail, waiting=0, running=self.running, step_age=None, memory=MemoryUse()
+            state=self.state,
+            detail=self.detail,
+            done=self.done,
+            total=self.total,
+            waiting=0,
+            running=self.running,
+            step_age=None,
+            memory=MemoryUse(),
         )
 
     async def wait(self, *states: EngineState) -> EngineState:
@@ -57,6 +66,7 @@ class FakeEngine:
     async def _load(self) -> None:
         await asyncio.sleep(self.load)
         self.move(EngineState.WARMING)
+        self.done = self.total // 2
         await asyncio.sleep(self.load)
         if self.fails == "model":
             self.fail(ModelUnavailable("no such model"))
@@ -100,6 +110,9 @@ class FakeApp:
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
+
+    def open(self) -> None:
+        """There is nobody to ask for a key here."""
 
     async def asgi(self, scope: dict[str, Any], receive: Callable[[], Awaitable[dict[str, Any]]], send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -149,10 +162,17 @@ def main(state_dir: str, *options: str) -> int:
         {
             "server.port": int(values.pop("port", "0")),
             "server.state_dir": Path(state_dir),
+            "auth.enabled": False,
             "engine.drain_timeout": drain_timeout,
         },
     )
-    types: dict[str, Callable[[str], Any]] = {"load": float, "frames": int, "fails": str, "fail_after": float}
+    types: dict[str, Callable[[str], Any]] = {
+        "load": float,
+        "frames": int,
+        "fails": str,
+        "fail_after": float,
+        "total": int,
+    }
     given = {name: types.get(name, bool)(value) for name, value in values.items()}
     return run(settings, build=lambda _: FakeApp(FakeEngine(**given)))
 

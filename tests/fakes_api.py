@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
@@ -19,7 +20,13 @@ from fastapi import FastAPI
 
 from service.api.deps import AppState
 from service.app import create_app
+from service.auth.access_control import AccessControl
+from service.auth.authenticator import Authenticator
+from service.auth.failure_audit import AuthFailure, FailureAudit
+from service.auth.grant import Verifier
+from service.auth.pepper import Peppers
 from service.auth.principal import Principal
+from service.auth.revocation import RunningGrants
 from service.engine.backend import MemoryUse
 from service.engine.engine import Engine, EngineState, EngineStatus
 from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, Usage
@@ -27,6 +34,8 @@ from service.errors import NotFound, ServiceError
 from service.inference import Ask, Inference
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.storage.database import Database
+from service.storage.opening import OpeningDatabase
 
 USAGE = Usage(prompt_tokens=5, completion_tokens=3, cached_tokens=2)
 DONE = Delta(finish_reason=FinishReason.STOP, usage=USAGE)
@@ -75,8 +84,11 @@ class FakeInference:
         self.cancelled: list[Generation] = []
         self.started = asyncio.Event()
 
-    def resolve_model(self, name: str | None) -> str:
-        if name is not None and name not in NAMES:
+    def models_of(self, principal: Principal) -> tuple[str, ...]:
+        return NAMES if principal.models is None else tuple(name for name in NAMES if name in principal.models)
+
+    def resolve_model(self, name: str | None, principal: Principal) -> str:
+        if name is not None and name not in self.models_of(principal):
             raise NotFound("The requested model is not served here.", code="model_not_found", param="model")
         return NAMES[0]
 
@@ -98,9 +110,16 @@ class FakeInference:
         return found
 
 
+def _no_database() -> Database:
+    raise AssertionError("nobody asks for it here")
+
+
 @dataclass
 class Service:
-    """An application over fakes, with everything a test may want to look at."""
+    """An application over fakes, with everything a test may want to look at.
+
+    Without `verifiers` everybody on this machine is LOCAL, as where authentication is off.
+    """
 
     settings: Settings = field(default_factory=Settings)
     engine: FakeEngine = field(default_factory=FakeEngine)
@@ -109,19 +128,35 @@ class Service:
     clock: Callable[[], float] = lambda: 0.0
     server: uvicorn.Server | None = None
     loop: asyncio.AbstractEventLoop | None = None
+    verifiers: Sequence[Verifier] | None = None
+    running: RunningGrants = field(default_factory=RunningGrants)
+    audited: list[AuthFailure] = field(default_factory=list)
+    store_was_reached: bool = True
 
     def __post_init__(self) -> None:
         ids = map("id-{}".format, itertools.count(1))
+        self.access = AccessControl(
+            authenticator=Authenticator(self.verifiers or (), enabled=self.verifiers is not None),
+            running=self.running,
+            failures=FailureAudit(self._audit, clock=lambda: 0.0),
+            storage=OpeningDatabase(_no_database),
+            peppers=Peppers(Path("pepper.json"), {1: bytes(32)}),
+            ready=lambda: self.store_was_reached,
+        )
         self.app: FastAPI = create_app(
             self.settings,
             engine=cast("Engine", self.engine),
             inference=cast("Inference", self.inference),
             metrics=self.metrics,
+            access=self.access,
             new_id=lambda: next(ids),
             jitter=lambda: 0.0,
             now=lambda: 1_700_000_000.5,
             clock=self.clock,
         )
+
+    async def _audit(self, failures: Sequence[AuthFailure]) -> None:
+        self.audited += failures
 
     def count(self, series: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(series, labels) or 0.0

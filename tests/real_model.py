@@ -20,7 +20,14 @@ Alone = Callable[..., str]
 @pytest.fixture(scope="session")
 def demo_settings(state_dir: Path) -> Settings:
     return Settings.load(
-        None, {"model.reference": "demo", "server.state_dir": state_dir, "server.port": 0, "engine.max_rows": 16}
+        None,
+        {
+            "model.reference": "demo",
+            "server.state_dir": state_dir,
+            "server.port": 0,
+            "engine.max_rows": 16,
+            "auth.enabled": False,
+        },
     )
 
 

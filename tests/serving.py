@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +20,13 @@ import httpx
 
 from service import serve
 from service.app import App, build
+from service.auth.api_keys import IssuedKey, Operator
+from service.auth.key_spec import KeySpec
+from service.auth.pepper import Peppers, pepper_file
 from service.engine.backend import Backend
 from service.engine.engine import EngineState
 from service.settings import Settings
+from service.storage.database import Database
 
 START_TIMEOUT = 120
 
@@ -52,22 +58,66 @@ class Served:
                 await asyncio.sleep(0.005)
 
 
-@contextmanager
-def process(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterator[str]:
-    """`mlxd serve` with the demo model as a process of its own; yields its URL once it is ready.
+def make_key(settings: Settings, *scopes: str, **more: Any) -> IssuedKey:
+    """A key in the database of `settings`, made as another process would; `more` are fields of KeySpec."""
+    peppers = Peppers.open(pepper_file(settings.auth, settings.server.state_dir))
+    operator = Operator(actor="test", peppers=peppers, environment="test", now=more.pop("now", time.time))
+    spec = KeySpec.of(**{"name": "test", "scopes": scopes, **more})
+    with Database.open(settings.storage, settings.server.state_dir, migrate=True) as database:
+        return database.write(lambda connection: operator.create(connection, spec)).result()
 
-    One whose answers are `timed` is not traced for coverage.
+
+def bearer(key: IssuedKey | str) -> dict[str, str]:
+    """The header that shows a key."""
+    return {"authorization": f"Bearer {key if isinstance(key, str) else key.text}"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service in a process of its own. `output` is what it has printed so far, logs included."""
+
+    url: str
+    pid: int
+    output: Path
+
+
+@contextmanager
+def started(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterator[Running]:
+    """`mlxd serve` with the demo model as a process of its own, once it is ready.
+
+    Nobody is asked for a credential unless `overrides` say so. One whose answers are `timed` is not traced for
+    coverage.
     """
     outside = {name: value for name, value in os.environ.items() if not (timed and name.startswith("COVERAGE_"))}
-    environment = {**outside, "MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), **overrides}
+    ours = {"MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), "MLXD_AUTH__ENABLED": "false"}
     command = [sys.executable, "-m", "service", "serve", "--port", "0"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    with (
+        tempfile.NamedTemporaryFile("wb", suffix=".log") as log,
+        subprocess.Popen(command, env={**outside, **ours, **overrides}, stdout=log, stderr=log) as running,
+    ):
+        output = Path(log.name)
         try:
-            assert running.stdout is not None
-            yield next(found[0] for line in running.stdout if (found := re.search(r"http://[^;\s]+", line)))
+            yield Running(_banner_url(running, output), running.pid, output)
         finally:
             running.terminate()
             assert running.wait(60) == 0
+
+
+def _banner_url(running: subprocess.Popen[bytes], output: Path) -> str:
+    """Wait for the banner, and take the address from it."""
+    ends = time.monotonic() + START_TIMEOUT
+    while (found := re.search(r"ready on (https?://[^;\s]+);", output.read_text("utf-8", "replace"))) is None:
+        assert running.poll() is None, output.read_text("utf-8", "replace")
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    return found[1]
+
+
+@contextmanager
+def process(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterator[str]:
+    """As `started`; yields the URL."""
+    with started(state_dir, timed=timed, **overrides) as running:
+        yield running.url
 
 
 @contextmanager
@@ -96,7 +146,8 @@ def served(settings: Settings, backend: Backend | None = None) -> Iterator[Serve
     thread.start()
     try:
         assert ready.wait(START_TIMEOUT)
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", app, loops[0])
+        scheme = "https" if settings.server.tls_certificate else "http"
+        yield Served(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", app, loops[0])
     finally:
         server.should_exit = True
         thread.join(60)

@@ -5,7 +5,8 @@ from typing import Annotated
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 
-from service.auth.principal import LOCAL, Principal
+from service.api.deps import Requires, current_principal
+from service.auth.principal import Principal, Scope
 from tests import architecture
 from tests.architecture import Source
 from tests.test_architecture import ALLOWED_SIBLINGS, BROAD_EXCEPTS, FENCES, HAND_OVER, LAYERS, PUBLIC, check
@@ -152,18 +153,17 @@ def test_the_search_ignores_docstrings_and_comments_only() -> None:
     assert architecture.code(source).count("[DONE]") == 1
 
 
-def who() -> Principal:
-    return LOCAL
+MODELS, ADMIN = Depends(Requires(Scope.MODELS)), Depends(Requires(Scope.ADMIN))
 
 
-def deeper(_: Annotated[Principal, Depends(who)]) -> int:
-    return 1
+def test_a_route_without_exactly_one_scope_is_found() -> None:
+    async def deeper(_: Annotated[Principal, MODELS]) -> int:
+        return 1
 
-
-def test_a_route_without_a_principal_is_found() -> None:
     app = FastAPI(openapi_url=None)
-    guarded = APIRouter(dependencies=[Depends(who)])
+    guarded = APIRouter(dependencies=[MODELS])
     guarded.get("/guarded")(lambda: 1)
+    guarded.get("/twice", dependencies=[ADMIN])(lambda: 1)
     open_one = APIRouter()
     open_one.get("/open")(lambda: 1)
     outer = APIRouter(prefix="/outer")
@@ -171,10 +171,17 @@ def test_a_route_without_a_principal_is_found() -> None:
     app.include_router(guarded)
     app.include_router(outer)
     app.get("/deep", dependencies=[Depends(deeper)])(lambda: 1)
+    app.get("/somebody", dependencies=[Depends(current_principal)])(lambda: 1)
     app.get("/health")(lambda: 1)
     app.get("/plain")(lambda: 1)
     app.mount("/mounted", FastAPI())
-    assert sorted(architecture.open_routes(app.routes, PUBLIC)) == ["/mounted", "/outer/open", "/plain"]
+    assert sorted(architecture.open_routes(app.routes, PUBLIC)) == [
+        "/mounted",
+        "/outer/open",
+        "/plain",
+        "/somebody",
+        "/twice",
+    ]
 
 
 def test_the_pages_of_the_documentation_count_as_routes() -> None:

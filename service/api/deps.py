@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, cast
 
 from fastapi import Depends, Request
 
 from service.api.errors import ErrorRenderer
-from service.auth.principal import LOCAL, Principal
+from service.auth.access_control import AccessControl
+from service.auth.grant import Grant
+from service.auth.principal import Principal, Scope
 from service.engine.engine import Engine
+from service.errors import Forbidden
 from service.inference import Inference
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -28,6 +32,7 @@ class AppState(TypedDict):
     inference: Inference
     metrics: Metrics
     errors: ErrorRenderer
+    access: AccessControl
     new_id: Callable[[], str]
     now: Callable[[], float]
     """Seconds since the epoch."""
@@ -40,6 +45,8 @@ class RequestState(AppState):
     request_id: str
     line: dict[str, Any]
     """Fields for the request's one log line."""
+    grant: Grant
+    """Who is asking; absent on public paths."""
 
 
 def request_state(request: Request) -> RequestState:
@@ -47,9 +54,23 @@ def request_state(request: Request) -> RequestState:
     return cast("RequestState", request.scope["state"])
 
 
-def current_principal() -> Principal:
-    """Who is asking. There is no authentication yet, and the service answers on loopback only."""
-    return LOCAL
+async def current_principal(request: Request) -> Principal:
+    """Who is asking, as the authentication layer found. On a public path there is nobody: KeyError."""
+    return request_state(request)["grant"].principal
+
+
+@dataclass(frozen=True, slots=True)
+class Requires:
+    """The dependency with which a router says which scope its routes need; each route has exactly one."""
+
+    scope: Scope
+
+    async def __call__(self, request: Request) -> Principal:
+        """Who is asking. Raises Forbidden without the scope."""
+        principal = await current_principal(request)
+        if not principal.may(self.scope):
+            raise Forbidden(f"This needs a credential with the scope `{self.scope}`.")
+        return principal
 
 
 async def request_stack() -> AsyncIterator[AsyncExitStack]:
@@ -58,16 +79,21 @@ async def request_stack() -> AsyncIterator[AsyncExitStack]:
         yield stack
 
 
-def _engine(request: Request) -> Engine:
+# Async, although nothing waits: FastAPI runs plain functions in threads, each a wait for the interpreter.
+async def _state(request: Request) -> RequestState:
+    return request_state(request)
+
+
+async def _engine(request: Request) -> Engine:
     return request_state(request)["engine"]
 
 
-def _inference(request: Request) -> Inference:
+async def _inference(request: Request) -> Inference:
     return request_state(request)["inference"]
 
 
 CurrentPrincipal = Annotated[Principal, Depends(current_principal)]
 RequestStack = Annotated[AsyncExitStack, Depends(request_stack)]
-StateDep = Annotated[RequestState, Depends(request_state)]
+StateDep = Annotated[RequestState, Depends(_state)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 InferenceDep = Annotated[Inference, Depends(_inference)]

@@ -12,7 +12,8 @@ from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 
-from service.api.deps import current_principal
+from service.api.deps import Requires
+from service.auth.principal import Scope
 
 SCHEMA_PATH: Final = "/openapi.json"
 
@@ -28,7 +29,7 @@ def build_router(app: FastAPI) -> APIRouter:
         """Swagger's page."""
         return get_swagger_ui_html(openapi_url=SCHEMA_PATH, title=app.title)
 
-    router = APIRouter(dependencies=[Depends(current_principal)], include_in_schema=False)
+    router = APIRouter(dependencies=[Depends(Requires(Scope.ADMIN))], include_in_schema=False)
     router.add_api_route(SCHEMA_PATH, schema, methods=["GET", "HEAD"])
     router.add_api_route("/docs", page, methods=["GET", "HEAD"])
     return router

@@ -24,7 +24,8 @@ Header = tuple[str, str]
 DEFAULT_RETRY_AFTER = 1.0
 """Seconds, for a 429 or 503 whose cause does not know better."""
 
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}\Z")
+"""Shorter than any credential: the name of an unknown field is the client's text, and it is sent back."""
 
 
 class ErrorRenderer:
@@ -52,6 +53,8 @@ class ErrorRenderer:
             seconds = base * (1 + 0.25 * self._jitter())
             found.append(("retry-after", str(max(1, math.ceil(seconds)))))
             found.append(("retry-after-ms", str(math.ceil(seconds * 1000))))
+        if error.status == HTTPStatus.UNAUTHORIZED:
+            found.append(("www-authenticate", "Bearer"))  # RFC 9110, 15.5.2
         if error.should_retry is not None:
             found.append(("x-should-retry", "true" if error.should_retry else "false"))
         return found

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from service.api.deps import EngineDep
+from service.api.deps import EngineDep, RequestState, StateDep
 from service.api.routes import get_and_head
-from service.engine.engine import Engine, EngineState
+from service.engine.engine import Engine, EngineState, EngineStatus
 
 PUBLIC_PATHS = ("/", "/health", "/livez", "/readyz")
 
@@ -36,10 +36,21 @@ def _loaded(engine: Engine) -> bool:
     return engine.info is not None and engine.state not in (EngineState.FAILED, EngineState.STOPPED)
 
 
-async def health(engine: EngineDep) -> Response:
+def _reasons(state: RequestState, status: EngineStatus) -> list[str]:
+    """What keeps requests from being served; nothing when they are."""
+    reasons = []
+    if status.state is not EngineState.READY:
+        reasons += [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
+    if not state["access"].ready():
+        reasons.append("credentials cannot be verified: the storage was not reached yet")
+    return reasons
+
+
+async def health(engine: EngineDep, state: StateDep) -> Response:
     """200 when requests would be served, else 503 with the same two fields."""
-    ready = engine.state is EngineState.READY
-    body: Health = {"status": "ok" if ready else engine.state.value, "model_loaded": _loaded(engine)}
+    ready = not _reasons(state, engine.status())
+    waiting_for = engine.state.value if engine.state is not EngineState.READY else "storage"
+    body: Health = {"status": "ok" if ready else waiting_for, "model_loaded": _loaded(engine)}
     return JSONResponse(body, 200 if ready else 503)
 
 
@@ -48,13 +59,12 @@ async def livez() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def readyz(engine: EngineDep) -> Response:
-    """The engine's state, and what keeps it from being ready."""
+async def readyz(engine: EngineDep, state: StateDep) -> Response:
+    """The engine's state, and what keeps the service from being ready."""
     status = engine.status()
-    ready = status.state is EngineState.READY
-    reasons = [] if ready else [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
+    reasons = _reasons(state, status)
     body: Readiness = {
-        "ready": ready,
+        "ready": not reasons,
         "state": status.state.value,
         "reasons": reasons,
         "model_loaded": _loaded(engine),
@@ -63,7 +73,7 @@ async def readyz(engine: EngineDep) -> Response:
         "waiting": status.waiting,
         "step_age_seconds": status.step_age,
     }
-    return JSONResponse(body, 200 if ready else 503)
+    return JSONResponse(body, 503 if reasons else 200)
 
 
 async def root() -> Response:

@@ -6,8 +6,9 @@ import asyncio
 
 from fastapi import APIRouter, Depends, Response
 
-from service.api.deps import StateDep, current_principal
+from service.api.deps import Requires, StateDep
 from service.api.routes import get_and_head
+from service.auth.principal import Scope
 from service.engine.engine import EngineState, EngineStatus
 from service.observability.metrics import CONTENT_TYPE, Metrics
 
@@ -36,6 +37,6 @@ def observe_engine(metrics: Metrics, status: EngineStatus) -> None:
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(dependencies=[Depends(current_principal)], tags=["operations"])
+    router = APIRouter(dependencies=[Depends(Requires(Scope.METRICS))], tags=["operations"])
     get_and_head(router, "/metrics", metrics, summary="Metrics in Prometheus' text format")
     return router

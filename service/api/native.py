@@ -11,11 +11,12 @@ from typing_extensions import TypedDict
 
 from service.api.answer import Choice
 from service.api.body import StrictJSONRoute
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, StateDep, current_principal
+from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.schemas import SamplingFields
 from service.api.openai.unsupported import check_max_tokens
 from service.api.routes import refusals
 from service.api.sse import respond
+from service.auth.principal import Scope
 from service.engine.generation import Delta
 from service.inference import Ask
 
@@ -98,13 +99,13 @@ async def generate(
         sampling=body.sampling(),
     )
     generations = await inference.start(ask, principal, stack)
-    shape = GenerateShape(request_id=state["request_id"], model=inference.resolve_model(None))
+    shape = GenerateShape(request_id=state["request_id"], model=inference.resolve_model(None, principal))
     return respond(generations, shape, stream=body.stream is True, state=state, stack=stack)
 
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(current_principal)], tags=["native"])
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["native"])
     router.add_api_route(
         "/generate",
         generate,

@@ -96,8 +96,17 @@ class EventStream(Response):
 def respond(
     generations: Sequence[Generation], shape: Shape, *, stream: bool, state: RequestState, stack: AsyncExitStack
 ) -> Response:
-    """The answer over `generations`, streamed or whole. `stack` already owns the generations."""
+    """The answer over `generations`, streamed or whole. `stack` already owns the generations.
+
+    Raises CredentialRevoked when the credential was revoked since it was verified; later that ends the answer.
+    """
+
+    def end(error: ServiceError) -> None:
+        for generation in generations:
+            generation.fail(error)
+
     deltas = Deltas(generations)
+    stack.enter_context(state["access"].running.watching(state["grant"], end))
     stack.push_async_callback(deltas.close)
     if stream:
         return EventStream(deltas, shape, errors=state["errors"], limits=state["settings"].http)

@@ -3,9 +3,9 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on
+    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
     2    wrong usage of the command line
-    69   the model cannot be had
+    69   the model cannot be had; the storage cannot be asked
     70   the engine failed
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain
@@ -24,7 +24,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli.context import load_settings, prepare
+from service.cli import db, keys, token
+from service.cli.context import explained, load_settings, prepare
 
 
 class Format(StrEnum):
@@ -49,8 +50,19 @@ def commands() -> typer.Typer:
     model.command("fetch")(model_fetch)
     config = group(name="config", help="The configuration.")
     config.command("show")(config_show)
+    storage = group(name="db", help="The database of keys and audit log.")
+    storage.command("backup")(db.db_backup)
+    storage.command("check")(db.db_check)
+    storage.command("migrate")(db.db_migrate)
+    audit = group(name="audit", help="The audit log.")
+    audit.command("verify")(db.audit_verify)
+    audit.command("list")(db.audit_list)
     app.add_typer(model)
     app.add_typer(config)
+    app.add_typer(storage)
+    app.add_typer(audit)
+    app.add_typer(token.commands())
+    app.add_typer(keys.commands())
     return app
 
 
@@ -86,7 +98,9 @@ def serve(
     prepare(settings)
     from service.serve import leave_now, run
 
-    leave_now(run(settings))
+    with explained():
+        code = run(settings)
+    leave_now(code)
 
 
 def model_fetch(context: typer.Context) -> None:

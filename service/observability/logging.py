@@ -7,6 +7,7 @@ key or a token. `configure` is called once, by the command line, before anything
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
@@ -18,6 +19,13 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.types import EventDict, Processor, WrappedLogger
 
 Format = Literal["auto", "json", "console"]
+
+
+_SECRET = re.compile(
+    r"(mlxd_[a-z][a-z0-9]{0,11}_[0-9A-Za-z]{12}_)[0-9A-Za-z]{32}_[0-9A-Za-z]{6}"
+    r"|(eyJ[0-9A-Za-z_-]{5,}\.)[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]*)?"
+)
+"""An API key and a JWT, wherever in a line they stand; what goes before the secret part is kept."""
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -86,10 +94,16 @@ def _render(*, as_json: bool, colors: bool) -> Sequence[Processor]:
             # Without the frames' local variables: a prompt is one of them. structlog's own default shows them.
             ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(),
+            _redact,
         )
     plain = structlog.dev.plain_traceback  # also without local variables
     console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)
-    return (ProcessorFormatter.remove_processors_meta, console)
+    return (ProcessorFormatter.remove_processors_meta, console, _redact)
+
+
+def _redact(_: WrappedLogger, __: str, line: Any) -> str:
+    """The last line of defence: nobody logs a credential, and if somebody does (LiteLLM #34710), it is not there."""
+    return _SECRET.sub(lambda found: f"{found[1] or found[2]}[redacted]", str(line))
 
 
 def _drop_uvicorn_extras(_: WrappedLogger, __: str, event_dict: EventDict) -> EventDict:

@@ -28,6 +28,7 @@ class Metrics:
         self._declare_http()
         self._declare_engine()
         self._declare_tokens()
+        self._declare_storage()
 
     def _declare_http(self) -> None:
         registry = self.registry
@@ -52,6 +53,9 @@ class Metrics:
             "Requests refused while their bytes were parsed, before any route saw them.",
             ("reason",),
             registry=registry,
+        )
+        self.auth_failures = Counter(
+            "mlxd_auth_failures", "Requests whose credential was refused, by reason.", ("reason",), registry=registry
         )
         self.internal_errors = Counter(
             "mlxd_internal_errors",
@@ -102,6 +106,14 @@ class Metrics:
             "Rows that ended otherwise: cancelled, or an error's code.",
             ("reason",),
             registry=registry,
+        )
+
+    def _declare_storage(self) -> None:
+        self.storage_failures = Counter(
+            "mlxd_storage_failures",
+            "Reads and writes that the database could not do, by reason.",
+            ("reason",),
+            registry=self.registry,
         )
 
     def render(self) -> bytes:

@@ -14,7 +14,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -25,17 +25,19 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from service.settings.base import Group
 from service.settings.groups import (
     AuthSettings,
     EngineSettings,
-    Group,
     HttpSettings,
     LogSettings,
     ModelSettings,
     ServerSettings,
     StorageSettings,
 )
-from service.settings.private import ConfigurationError, private_tmpdir
+from service.settings.issuers import IssuerSettings
+from service.settings.plans import LimitsSettings, PlanError, PlanSettings
+from service.settings.private import ConfigurationError, private_tmpdir, read_private, write_private
 
 __all__ = [
     "AuthSettings",
@@ -43,12 +45,18 @@ __all__ = [
     "EngineSettings",
     "Group",
     "HttpSettings",
+    "IssuerSettings",
+    "LimitsSettings",
     "LogSettings",
     "ModelSettings",
+    "PlanError",
+    "PlanSettings",
     "ServerSettings",
     "Settings",
     "StorageSettings",
     "private_tmpdir",
+    "read_private",
+    "write_private",
 ]
 
 ENV_PREFIX = "MLXD_"
@@ -67,6 +75,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     auth: AuthSettings = Field(default_factory=AuthSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
+    limits: LimitsSettings = Field(default_factory=LimitsSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     @model_validator(mode="after")
@@ -141,11 +150,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _anchor(section: object, group: type[Group], folder: Path) -> None:
-    """Make the paths of a section absolute in place; `model.reference` only when it can be nothing else."""
+    """Make the paths of a section absolute in place; `model.reference` only when it can be nothing else.
+
+    A list of tables, such as `[[auth.issuers]]`, is a list of sections.
+    """
     if not isinstance(section, dict):
         return
     for key, field in group.model_fields.items():
         value = section.get(key)
+        if isinstance(value, list):
+            for inner in (each for each in get_args(field.annotation) if isinstance(each, type)):
+                for table in value if issubclass(inner, Group) else ():
+                    _anchor(table, inner, folder)
         if not isinstance(value, str) or not value:
             continue
         if "Path" in str(field.annotation) or (key == "reference" and value.startswith(("./", "../", "~/"))):

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Group(BaseModel):
-    """A frozen section of the configuration; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().resolve()
-
-
-def _network(text: str) -> str:
-    return str(ipaddress.ip_network(text))
-
-
-def _given(value: object) -> object:
-    """TOML has no null: an empty string stands for "not given"."""
-    return None if value == "" else value
-
-
-FilePath = Annotated[Path, AfterValidator(_absolute)]
-OptionalFile = Annotated[FilePath | None, BeforeValidator(_given)]
-Network = Annotated[str, AfterValidator(_network)]
+from service.settings.base import FilePath, Group, Network, OptionalFile
+from service.settings.issuers import IssuerSettings
 
 
 class ServerSettings(Group):
@@ -145,3 +124,13 @@ class AuthSettings(Group):
     development_key: bool = Field(
         False, description="Keep one key in clear in the state directory; loopback only, for `make serve`."
     )
+    issuers: tuple[IssuerSettings, ...] = Field(
+        (), description="Issuers of JWTs, each a table `[[auth.issuers]]`; docs/jwt.md has its keys."
+    )
+
+    @model_validator(mode="after")
+    def _issuers_differ(self) -> Self:
+        for key in ("name", "issuer"):
+            if len({getattr(each, key) for each in self.issuers}) < len(self.issuers):
+                raise ValueError(f"issuers: two of them have the same {key}")
+        return self

@@ -85,6 +85,7 @@ def settings_for(model: Path, state: Path) -> Settings:
             "model.reference": str(model),
             "server.state_dir": state,
             "server.port": 0,
+            "auth.enabled": False,
             "engine.max_rows": 8,
             "engine.max_queue": 1000,
             "engine.max_prefill_chunk": 256,

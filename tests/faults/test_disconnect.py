@@ -23,7 +23,9 @@ GRACE = 0.1
 
 
 def settings_for(state: Path) -> Settings:
-    return Settings.load(None, {"server.port": 0, "server.state_dir": state, "engine.max_rows": 1})
+    return Settings.load(
+        None, {"server.port": 0, "server.state_dir": state, "engine.max_rows": 1, "auth.enabled": False}
+    )
 
 
 class Gated:
@@ -116,6 +118,7 @@ def test_a_reader_that_stalls_is_dropped_and_holds_nobody_up(tmp_path: Path) -> 
             "server.port": 0,
             "server.state_dir": tmp_path,
             "http.write_timeout": 0.3,
+            "auth.enabled": False,
             "engine.max_rows": 5,
             "engine.max_output_tokens": limit,
         },

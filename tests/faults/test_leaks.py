@@ -22,6 +22,7 @@ def settings_for(model: Path, state: Path) -> Settings:
             "model.reference": str(model),
             "server.state_dir": state,
             "server.port": 0,
+            "auth.enabled": False,
             "engine.max_rows": 4,
             "engine.memory_budget": 128 << 20,
         },

@@ -28,6 +28,8 @@ async def test_one_line_and_one_count_for_each_request() -> None:
         "first_byte_ms": 1000.0,
         "bytes_sent": line["bytes_sent"],
         "complete": True,
+        "principal": "local",
+        "tenant": "local",
         "prompt_tokens": 5,
         "cached_tokens": 2,
         "completion_tokens": 3,

@@ -1,30 +1,35 @@
-"""The description of the service: complete, and for nobody without a principal."""
+"""The pages that describe the API."""
 
 import pytest
 
-from service.api.deps import current_principal
-from service.errors import InvalidRequest
+from service.auth.principal import Scope
 from tests.fakes_api import Client, Service
+from tests.fakes_auth import EVERYTHING, FakeGrant, FakeVerifier, principal
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_the_page_shows_the_schema_that_is_served() -> None:
-    client = Client(Service())
-    page = await client.get("/docs")
-    assert page.status == 200
+    page = await Client(Service()).get("/docs")
+    schema = await Client(Service()).get("/openapi.json")
     assert page.headers["content-type"].startswith("text/html")
-    assert b"'/openapi.json'" in page.body
-    schema = (await client.get("/openapi.json")).json()
-    assert {"/generate", "/health", "/metrics", "/v1/models"} <= set(schema["paths"])
+    assert "/openapi.json" in page.body.decode()
+    assert {"/generate", "/v1/models", "/health"} <= set(schema.json()["paths"])
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
-async def test_it_is_not_for_strangers(path: str) -> None:
-    def stranger() -> None:
-        raise InvalidRequest("Who are you?")
-
-    service = Service()
-    service.app.dependency_overrides[current_principal] = stranger
-    for method in ("GET", "HEAD"):
-        assert (await Client(service).request(method, path)).status == 400
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (None, 401),
+        (principal(Scope.INFERENCE, Scope.MODELS, Scope.METRICS, Scope.USAGE), 403),
+        (principal(Scope.ADMIN), 200),
+        (EVERYTHING, 200),
+    ],
+)
+async def test_it_is_not_for_strangers(path: str, method: str, given: object, status: int) -> None:
+    grants = {"fake-1": FakeGrant(given)} if given else {}  # type: ignore[arg-type]
+    client = Client(Service(verifiers=[FakeVerifier(grants)]))
+    answer = await client.request(method, path, headers=[("authorization", "Bearer fake-1")])
+    assert answer.status == status

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from service.engine.backend import ModelInfo
 from service.engine.engine import Engine, EngineState
 from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest
 from service.engine.telemetry import Telemetry
 from service.errors import (
+    CredentialRevoked,
     DeadlineExceeded,
     Draining,
     EngineFailed,
@@ -75,6 +77,46 @@ async def drained(generation: Generation) -> Delta:
             whole = whole.merged(await generation.read())
     generation.close()
     return whole
+
+
+async def test_the_status_says_how_far_loading_is_and_a_late_download_does_not_lead_back() -> None:
+    loop = asyncio.get_running_loop()
+    seen: list[tuple[str, str, int, int]] = []
+
+    async def look() -> None:
+        now = engine.status()
+        seen.append((now.state.value, now.detail, now.done, now.total))
+
+    class Looked(FakeBackend):
+        def look(self) -> None:
+            """What was reported before arrives on the loop before this."""
+            asyncio.run_coroutine_threadsafe(look(), loop).result(10)
+
+        def load(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> ModelInfo:
+            self.download = progress
+            info = super().load(progress)
+            self.look()
+            return info
+
+        def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
+            self.look()
+            super().warm_up(progress)
+            self.download("a late bar", 1, 2)
+            self.look()
+
+    engine = Engine(Looked(), EngineSettings(), telemetry=Telemetry(Metrics()), clock=Clock())
+    await look()
+    await engine.start()
+    await engine.wait(EngineState.READY)
+    await look()
+    await engine.stop()
+    assert seen == [
+        ("starting", "loading the model", 0, 0),
+        ("starting", "fake weights", 1, 4),
+        ("warming", "warming up", 0, 0),
+        ("warming", "fake (0/1)", 0, 1),
+        ("ready", "ready", 0, 0),
+    ]
 
 
 async def test_a_request_runs_to_its_limit() -> None:
@@ -339,6 +381,20 @@ async def test_drain_ends_what_outlasts_its_timeout_with_a_typed_error() -> None
         gate.release(4)
         assert isinstance((await drained(runs)).error, Draining)
         await draining
+
+
+async def test_drain_ends_when_the_last_client_leaves_or_is_refused() -> None:
+    async with running(FakeBackend()) as engine:
+        left, refused = engine.submit([request(max_tokens=FOREVER)] * 2)
+        for generation in (left, refused):
+            await generation.read()
+        draining = asyncio.create_task(engine.drain(3600))
+        await asyncio.sleep(0)
+        left.close()
+        refused.fail(CredentialRevoked("revoked"))
+        async with asyncio.timeout(10):
+            await draining
+        assert isinstance((await drained(refused)).error, CredentialRevoked)
 
 
 async def test_stop_without_drain_tells_the_running() -> None:

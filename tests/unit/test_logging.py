@@ -2,7 +2,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import structlog
@@ -64,6 +64,29 @@ def test_a_traceback_shows_no_variables(fmt: Any) -> None:
         get_logger("x").exception("request_failed")
     assert "ValueError" in stream.getvalue()
     assert "a secret prompt" not in stream.getvalue()
+
+
+KEY = "mlxd_live_" + "k" * 12 + "_" + "s" * 32 + "_" + "c" * 6
+TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
+
+
+@pytest.mark.parametrize("fmt", ["json", "console"])
+def test_a_credential_is_in_no_line_wherever_it_was_put(fmt: Literal["json", "console"]) -> None:
+    stream = io.StringIO()
+    configure(fmt=fmt, stream=stream)
+    log = get_logger("x")
+    for secret in (KEY, TOKEN):
+        log.info("event", hash=secret, headers={"authorization": [f"Bearer {secret}"]})
+        logging.getLogger("library").error("failed with %r", secret)
+        try:
+            int(secret)  # whose message repeats it
+        except ValueError:
+            log.exception("request_failed")
+    assert "s" * 32 not in stream.getvalue()
+    assert "eyJzdWIiOiJ4In0" not in stream.getvalue()
+    assert "c2lnbmF0dXJl" not in stream.getvalue()
+    assert "mlxd_live_kkkkkkkkkkkk_[redacted]" in stream.getvalue()  # which key it was can be told
+    assert stream.getvalue().count("[redacted]") >= 8
 
 
 def test_auto_is_json_unless_on_a_terminal() -> None:

@@ -51,7 +51,9 @@ async def test_a_well_formed_id_is_kept(given: str) -> None:
     assert answer.headers["x-request-id"] == given
 
 
-@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a\n", "a;b", "\xe9", "../x"])
+@pytest.mark.parametrize(
+    "given", ["mlxd_live_abc", "id-eyJhbGciOiJ9", "", "x" * 65, "a b", "a\n", "a;b", "\xe9", "../x"]
+)
 async def test_another_id_is_replaced(given: str) -> None:
     exchange = Client(service()).exchange("GET", "/health")
     exchange.scope["headers"].append((b"x-request-id", given.encode("latin-1")))
@@ -204,9 +206,9 @@ async def test_a_declared_length_over_the_limit_is_refused_before_the_body_is_as
 
 
 async def test_a_refused_body_that_never_ends_is_dropped_only_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.api.middleware import body_limit
+    from service.api.middleware import refusal
 
-    monkeypatch.setattr(body_limit, "LINGER_SECONDS", 0.01)
+    monkeypatch.setattr(refusal, "LINGER_SECONDS", 0.01)
     exchange = Client(service()).exchange("POST", "/generate", [JSON, ("content-length", "1025")])
     await exchange.run()
     assert exchange.complete

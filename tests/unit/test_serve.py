@@ -3,11 +3,14 @@
 import asyncio
 import io
 import os
+import pty
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +19,9 @@ import httpx
 import pytest
 
 from service import serve
-from service.console import Console
-from service.engine.engine import EngineState
+from service.console import OWN_KEY, Console, Credential
+from service.engine.backend import MemoryUse
+from service.engine.engine import EngineState, EngineStatus
 from service.settings import Settings
 from tests.conftest import ROOT
 from tests.fake_service import FakeApp, FakeEngine
@@ -253,16 +257,89 @@ def test_without_a_builder_the_applications_own_is_used(monkeypatch: pytest.Monk
     assert engine.stopped
 
 
+def read_screen(screen: int) -> bytes:
+    try:
+        return os.read(screen, 4096)
+    except OSError:  # Linux's way to say that the other side has closed
+        return b""
+
+
+def on_a_terminal(command: list[str], until: str, **environment: str) -> str:
+    """What a pseudo-terminal of 100 columns shows of `command` up to some text; then the command is ended."""
+    screen, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = b""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env={**os.environ, **environment}
+    ) as process:
+        os.close(theirs)
+        while until.encode() not in shown:
+            piece = read_screen(screen)
+            assert piece, shown
+            shown += piece
+        process.terminate()
+        while read_screen(screen):
+            pass
+    os.close(screen)
+    assert process.returncode == 0
+    return shown.decode()
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_real_terminal_sees_a_bar_and_one_that_cannot_move_its_cursor_sees_lines(tmp_path: Path, term: str) -> None:
+    command = [sys.executable, "-m", "tests.fake_service", str(tmp_path), "load=0.4", "total=4"]
+    shown = on_a_terminal(command, "ready on", TERM=term)
+    if term == "dumb":
+        assert "mlxd: starting: reading [weights]\r\nmlxd: warming: reading [weights]\r\n" in shown
+        assert "━" not in shown
+        return
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"mlxd: starting: reading \[weights\] ━{30} 0%", plain), "to the width of the bar"
+    assert re.search(r"mlxd: warming: reading \[weights\] ━{15}[━╸╺]{15} 50%", plain)
+    assert plain.rstrip().splitlines()[-1].startswith("mlxd: ready on "), "the bar is gone"
+
+
+def test_a_stage_is_told_once_though_others_report_in_between() -> None:
+    async def scenario() -> None:
+        files = ("a.safetensors", "b.safetensors") * 3
+        steps = [status_of(EngineState.STARTING, name, done, 6) for done, name in enumerate(files)]
+        seen = iter([*steps, status_of(EngineState.READY, "ready")])
+        await Console(stream, host="127.0.0.1", port=8000).follow(lambda: next(seen))
+
+    stream = io.StringIO()
+    asyncio.run(scenario())
+    assert stream.getvalue().splitlines()[:3] == [
+        "mlxd: starting: a.safetensors",
+        "mlxd: starting: b.safetensors",
+        "mlxd: ready on http://127.0.0.1:8000; try",
+    ]
+
+
+def status_of(state: EngineState, detail: str, done: int = 0, total: int = 0) -> EngineStatus:
+    return EngineStatus(
+        state=state,
+        detail=detail,
+        done=done,
+        total=total,
+        waiting=0,
+        running=0,
+        step_age=None,
+        memory=MemoryUse(),
+    )
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def follow(stream: io.StringIO, host: str = "127.0.0.1") -> None:
+def follow(
+    stream: io.StringIO, host: str = "127.0.0.1", *, tls: bool = False, credential: Credential | None = None
+) -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         await engine.start()
-        await Console(stream, host=host, port=8000).follow(engine.status)
+        await Console(stream, host=host, port=8000, tls=tls, credential=credential).follow(engine.status)
 
     asyncio.run(scenario())
 
@@ -279,6 +356,31 @@ def test_an_ipv6_address_is_bracketed_in_the_url() -> None:
     stream = io.StringIO()
     follow(stream, host="::1")
     assert "curl -s http://[::1]:8000/generate" in stream.getvalue()
+
+
+KEPT = Credential("mlxd_dev_secret", "$(cat /state/development.key)")
+
+
+@pytest.mark.parametrize(
+    ("stream", "credential", "shown"),
+    [
+        (Terminal(), KEPT, ' -H "authorization: Bearer mlxd_dev_secret" '),
+        (io.StringIO(), KEPT, ' -H "authorization: Bearer $(cat /state/development.key)" '),
+        (io.StringIO(), OWN_KEY, ' -H "authorization: Bearer $KEY" '),
+        (io.StringIO(), None, "/generate -H 'content-type"),
+    ],
+)
+def test_the_banner_shows_the_key_to_a_person_and_to_a_file_only_where_it_is(
+    stream: io.StringIO, credential: Credential | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    follow(stream, tls=True, credential=credential)
+    told = stream.getvalue()
+    assert f"curl -s https://127.0.0.1:8000/generate{shown if shown[0] == ' ' else ''}" in told
+    assert shown in told
+    assert ("mlxd_dev_secret" in told) is (stream.isatty() and credential is KEPT)
+    assert ("mlxd keys create" in told) is (credential is OWN_KEY)
+    assert "mlxd_dev_secret" not in repr(credential)
 
 
 def test_a_reader_that_went_away_does_not_stop_the_service() -> None:

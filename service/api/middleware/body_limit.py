@@ -8,18 +8,14 @@ handler knows; it comes back out to this layer, which alone answers and closes t
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import ErrorRenderer
+from service.api.middleware.refusal import refuse_and_close
 from service.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from service.settings import HttpSettings
-
-LINGER_SECONDS = 1.0
-"""How long a refused body is still read (and dropped): closing on unread bytes resets the connection, and a
-reset may destroy the answer before the client has read it."""
 
 
 class BodyLimit:
@@ -34,28 +30,14 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limits.max_body_bytes:
-            await self._refuse(_Refused(_too_large(self._limits), more_follows=True), receive, send)
+            await refuse_and_close(_too_large(self._limits), self._errors, receive, send, more_follows=True)
             return
         body = _BoundedBody(receive, self._limits)
         try:
             await self._app(scope, body.receive, send)
         except _Refused as refused:  # routes read the whole body before they answer: nothing was sent yet
-            await self._refuse(refused, receive, send)
-
-    async def _refuse(self, refused: _Refused, receive: Receive, send: Send) -> None:
-        response = self._errors.response(refused.error, [("connection", "close")])
-        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        if refused.more_follows:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    await self._discard(receive)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _discard(self, receive: Receive) -> None:
-        more = True
-        while more:
-            more = (await receive()).get("more_body", False)
+            more = refused.more_follows
+            await refuse_and_close(refused.error, self._errors, receive, send, more_follows=more)
 
 
 class _Refused(Exception):

@@ -23,6 +23,8 @@ from service.observability.metrics import Metrics
 log = get_logger(__name__)
 
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_LOOKS_SECRET = re.compile(r"mlxd_|eyJ")
+"""How an API key and a JWT begin: an id is logged and sent back, and one that holds either is not kept."""
 
 
 class RequestContext:
@@ -39,7 +41,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _WELL_FORMED.match(given) else self._new_id()
+        request_id = given if _WELL_FORMED.match(given) and not _LOOKS_SECRET.search(given) else self._new_id()
         scope.setdefault("state", {}).update(request_id=request_id, line={})
         # A trailing slash means the same path. Done here, so that every layer judges the path that is routed.
         scope["path"] = scope["path"].rstrip("/") or "/"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Response
 
 from service.api.body import StrictJSONRoute
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, StateDep, current_principal
+from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.messages import plain_messages
 from service.api.openai.schemas import ChatCompletion, ChatRequest
 from service.api.openai.unsupported import check_chat
 from service.api.openai.wire import ChatShape, Head
 from service.api.routes import refusals
 from service.api.sse import respond
+from service.auth.principal import Scope
 from service.errors import ContextLengthExceeded
 from service.inference import Ask
 
@@ -22,11 +23,11 @@ async def chat_completions(
     """`n` rows that continue one conversation."""
     limits = state["settings"].engine
     check_chat(body, limits)
-    model = inference.resolve_model(body.model)
+    model = inference.resolve_model(body.model, principal)
     rows = body.n or 1
     ask = Ask(
         request_id=state["request_id"],
-        model=model,
+        model=body.model,
         messages=plain_messages(body.messages),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         default_max_tokens=limits.default_max_tokens,
@@ -52,7 +53,7 @@ async def chat_completions(
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(current_principal)], tags=["openai"])
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["openai"])
     router.add_api_route(
         "/v1/chat/completions",
         chat_completions,

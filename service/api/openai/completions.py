@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Response
 
 from service.api.body import StrictJSONRoute
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, StateDep, current_principal
+from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.schemas import Completion, CompletionRequest
 from service.api.openai.unsupported import check_completion
 from service.api.openai.wire import Head, TextShape
 from service.api.routes import refusals
 from service.api.sse import respond
+from service.auth.principal import Scope
 from service.engine.generation import Generation
 from service.errors import InvalidRequest
 from service.inference import Ask
@@ -24,7 +25,7 @@ async def completions(
     """`n` rows for each prompt; choice `i` continues prompt `i // n`."""
     limits = state["settings"].engine
     check_completion(body, limits)
-    model = inference.resolve_model(body.model)
+    model = inference.resolve_model(body.model, principal)
     prompts = _prompts(body)
     rows = body.n or 1
     if len(prompts) * rows > limits.max_choices:
@@ -35,7 +36,7 @@ async def completions(
     for prompt in prompts:
         ask = Ask(
             request_id=state["request_id"],
-            model=model,
+            model=body.model,
             prompt=prompt,
             max_tokens=body.max_tokens,
             default_max_tokens=limits.default_max_tokens,
@@ -66,7 +67,7 @@ def _prompts(body: CompletionRequest) -> Sequence[str | Sequence[int]]:
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(current_principal)], tags=["openai"])
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["openai"])
     router.add_api_route(
         "/v1/completions",
         completions,

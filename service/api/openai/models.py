@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends
 
-from service.api.deps import InferenceDep, RequestState, StateDep, current_principal
+from service.api.deps import CurrentPrincipal, InferenceDep, RequestState, Requires, StateDep
 from service.api.openai.schemas import Model, ModelList
 from service.api.routes import get_and_head
+from service.auth.principal import Scope
 
 
 def _model(name: str, state: RequestState) -> Model:
@@ -20,20 +21,20 @@ def _model(name: str, state: RequestState) -> Model:
     }
 
 
-async def list_models(inference: InferenceDep, state: StateDep) -> ModelList:
-    """One entry for the model's own name and for each alias."""
-    return {"object": "list", "data": [_model(name, state) for name in inference.model_names]}
+async def list_models(principal: CurrentPrincipal, inference: InferenceDep, state: StateDep) -> ModelList:
+    """One entry for the model's own name and for each alias, as far as the principal may use them."""
+    return {"object": "list", "data": [_model(name, state) for name in inference.models_of(principal)]}
 
 
-async def retrieve_model(model_id: str, inference: InferenceDep, state: StateDep) -> Model:
+async def retrieve_model(model_id: str, principal: CurrentPrincipal, inference: InferenceDep, state: StateDep) -> Model:
     """The bare object; 404 for any other name."""
-    inference.resolve_model(model_id)  # raises NotFound
+    inference.resolve_model(model_id, principal)  # raises NotFound
     return _model(model_id, state)
 
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(dependencies=[Depends(current_principal)], tags=["openai"])
+    router = APIRouter(dependencies=[Depends(Requires(Scope.MODELS))], tags=["openai"])
     get_and_head(router, "/v1/models", list_models, summary="List the served model's names")
     # Ids contain slashes, written plainly or as %2F: a path parameter takes both.
     get_and_head(router, "/v1/models/{model_id:path}", retrieve_model, summary="Describe one model")

@@ -1,0 +1,35 @@
+"""A refusal to a client that may still be sending its body."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from starlette.types import Receive, Send
+
+from service.api.errors import ErrorRenderer
+from service.errors import ServiceError
+
+LINGER_SECONDS = 1.0
+"""How long a refused body is still read (and dropped): closing on unread bytes resets the connection, and a
+reset may destroy the answer before the client has read it."""
+
+
+async def refuse_and_close(
+    error: ServiceError, errors: ErrorRenderer, receive: Receive, send: Send, *, more_follows: bool
+) -> None:
+    """Answer at once, before `100 Continue`, and close the connection; `more_follows`: a body is on its way."""
+    response = errors.response(error, [("connection", "close")])
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    if more_follows:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                await _discard(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    more = True
+    while more:
+        more = (await receive()).get("more_body", False)
