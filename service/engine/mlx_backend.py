@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, Final
 
 import mlx.core as mx
@@ -82,7 +83,9 @@ class MlxBackend:
         """Run the shapes of traffic once and learn what a step costs."""
         self.pacer.calibrate(Warmup(self, self._settings.engine, clock=self._clock).run(progress))
         self.rebuild()
-        self._log.info("warmed_up", costs=self.pacer.costs)
+        self._log.info(
+            "warmed_up", **{name: float(f"{seconds:.2g}") for name, seconds in asdict(self.pacer.costs).items()}
+        )
 
     @property
     def max_rows(self) -> int:

@@ -39,12 +39,18 @@ class Someone:
 
 
 def load(plans: Mapping[str, Any], **other: Any) -> LimitsSettings:
-    return Settings.load(None, {"limits.plans": plans, **{f"limits.{key}": value for key, value in other.items()}}).limits
+    given = {"plans": plans, **other}
+    return Settings.load(None, {f"limits.{key}": value for key, value in given.items()}).limits
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in (*WHOLE, *QUOTAS, "weight") for value in NOT_A_LIMIT if (name, value) != ("weight", 1.5)],
+    [
+        (name, value)
+        for name in (*WHOLE, *QUOTAS, "weight")
+        for value in NOT_A_LIMIT
+        if (name, value) != ("weight", 1.5)
+    ],
 )
 def test_what_is_no_positive_number_refuses_the_start(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
