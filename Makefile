@@ -76,6 +76,7 @@ debian-packages:
 	@missing=; \
 	if [ "$(VARIANT)" = cpu ] && [ -z '$(OPENBLAS)' ]; then missing="$$missing libopenblas0-pthread"; fi; \
 	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then missing="$$missing postgresql"; fi; \
+	if ! command -v redis-server >/dev/null; then missing="$$missing redis-server"; fi; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
