@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK = 4
 """Tokens below which a chunk costs hardly less than this many."""
+
+FRESH = 32
+"""Chunks after which the time of one of another size is forgotten: the context has grown since."""
 
 HEADROOM = 0.8
 """Share of the target that is planned for; the rest absorbs what a measurement cannot know."""
@@ -104,7 +107,8 @@ class Pacer:
         """Start over from measured costs."""
         self.costs = costs
         self._decode, self._prefill = Estimate(), Estimate()
-        self._seen: dict[int, float] = {}
+        self._chunks = 0
+        self._seen: dict[int, tuple[float, int]] = {}
 
     def _decode_parts(self, rows: int, context: int) -> tuple[float, float]:
         costs = self.costs
@@ -149,18 +153,23 @@ class Pacer:
 
     def _chunk(self, seconds: float, context: int) -> int:
         """The largest power of two of positions, from the smallest chunk on, that takes at most `seconds`."""
-        chunk = SMALLEST_CHUNK
-        if self.prefill_seconds(chunk, context) > self.target * HEADROOM:
+        chunk = min(SMALLEST_CHUNK, self._largest)
+        if self._last_seen(chunk) > self.target * HEADROOM:
             return self._worthwhile()
         while chunk * 2 <= self._largest and self.prefill_seconds(chunk * 2, context + chunk) <= seconds:
             chunk *= 2
-        return min(chunk, self._largest)
+        return chunk
+
+    def _last_seen(self, chunk: int) -> float:
+        """Seconds that a chunk of this size took lately; 0 when that is not known."""
+        seconds, number = self._seen.get(chunk, (0.0, 0))
+        return seconds if self._chunks - number < FRESH else 0.0
 
     def _worthwhile(self) -> int:
-        """By the times of chunks as they were last seen, not by a model: twice the largest is tried next."""
-        chunk = min(SMALLEST_CHUNK, self._largest)
-        most = LEAST_WORTH * self._seen.get(chunk, 0.0)
-        while chunk * 2 <= self._largest and chunk in self._seen and self._seen.get(chunk * 2, 0.0) <= most:
+        """By the times of chunks as they were last seen, not by a model: of what is not known the next is tried."""
+        chunk = SMALLEST_CHUNK
+        most = LEAST_WORTH * self._last_seen(chunk)
+        while chunk * 2 <= self._largest and self._last_seen(chunk) and self._last_seen(chunk * 2) <= most:
             chunk *= 2
         return chunk
 
@@ -170,5 +179,6 @@ class Pacer:
 
     def observe_prefill(self, positions: int, context: int, seconds: float) -> None:
         """Learn from what a chunk took."""
-        self._seen[positions] = seconds
+        self._chunks += 1
+        self._seen[positions] = seconds, self._chunks
         self._prefill.learn(*self._prefill_parts(positions, context), seconds)
