@@ -100,7 +100,7 @@ def test_a_killed_service_loses_nothing_it_acknowledged_and_is_back_as_soon(
     created: set[str] = set()
     revoked: set[str] = set()
     starts = []
-    for _ in range(count("services killed under load", 3, 200)):
+    for _ in range(count("services killed under load", 2, 200)):
         with service(state, tiny_model_dir, log) as (running, url, seconds):
             starts.append(seconds)
             load = Load(url, key)

@@ -265,7 +265,7 @@ def test_after_kill_9_no_acknowledged_write_is_lost_and_none_is_half_there(
     chance = random.Random(4)
     open_database().close()
     acknowledged: set[str] = set()
-    for run in range(count("storage writers killed", 5, 200)):
+    for run in range(count("storage writers killed", 3, 200)):
         command = [sys.executable, "-c", WRITER, database_url, str(tmp_path), str(run * 1000)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
