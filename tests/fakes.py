@@ -117,7 +117,7 @@ class FakeBackend:
         for uid, live in list(self.rows.items()):
             if live.prefill > 0:
                 if live.prefill == self.prefill_steps:
-                    result.started.append((uid, 0))
+                    live.row.on_prefill(0)
                 live.prefill -= 1
             elif self.failing(live.row):
                 del self.rows[uid]

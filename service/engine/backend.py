@@ -29,15 +29,24 @@ class ModelInfo:
     device: str = "cpu"
 
 
+def unnoticed(cached: int) -> None:
+    """Nobody wants to know when a prefill begins."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One sequence for the batch. `uid` is the engine's; `tenant` names its prefix-cache namespace."""
+    """One sequence for the batch. `uid` is the engine's; `tenant` names its prefix-cache namespace.
+
+    `on_prefill` is called with the number of cached tokens when its prefill begins, on the generation thread and
+    before anything is computed, so that who is cancelled in that very step is known to have begun.
+    """
 
     uid: int
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
     tenant: str
+    on_prefill: Callable[[int], None] = unnoticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +64,6 @@ class StepResult:
 
     tokens: list[Token] = field(default_factory=list)
     failed: list[tuple[int, Exception]] = field(default_factory=list)
-    started: list[tuple[int, int]] = field(default_factory=list)
-    """(uid, cached tokens) of rows whose prefill began in this step."""
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_rows: int = 0

@@ -73,6 +73,36 @@ class Usage:
     cached_tokens: int = 0
 
 
+@dataclass(slots=True)
+class Meter:
+    """How far a row has come. The generation thread writes it, field by field; any thread may read.
+
+    Times are seconds of the engine's clock, None for what has not happened. The prompt counts as a whole from the
+    moment its prefill begins, and not at all before; `completion_tokens` counts every token sampled.
+    """
+
+    submitted_at: float = 0.0
+    prefill_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """What the row has used so far, of prompt and output together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def usage(self) -> Usage:
+        """The counts as they are now."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What became known since the last delta: text, and at the end a reason with the usage, or an error."""
@@ -99,10 +129,11 @@ class Generation:
     it, and the engine gives everything back at the next step boundary. Closing twice is harmless.
     """
 
-    __slots__ = ("_closed", "_mail", "_on_close", "_ready", "last", "request")
+    __slots__ = ("_closed", "_mail", "_on_close", "_ready", "last", "meter", "request")
 
     def __init__(self, request: GenerationRequest, on_close: Callable[[Generation], None]) -> None:
         self.request = request
+        self.meter = Meter()
         self.last: Delta | None = None
         self._on_close = on_close
         self._mail: Delta | None = None

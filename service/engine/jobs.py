@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.admission import Ticket
 from service.engine.backend import Row, Token
-from service.engine.generation import FinishReason, Generation, GenerationRequest, Usage
+from service.engine.generation import FinishReason, Generation, GenerationRequest, Meter, Usage
 from service.engine.tokenizer import TextStream
 from service.errors import ServiceError
 
 
 @dataclass(slots=True)
 class Job:
-    """A submitted generation: its text so far and its counts. Fields change on the generation thread only."""
+    """A submitted generation and its text so far. Changes on the generation thread only."""
 
     generation: Generation
     text: TextStream
-    sampled: int = 0
-    cached: int = 0
-    prefilling: bool = False
+    clock: Callable[[], float]
 
     @property
     def request(self) -> GenerationRequest:
         return self.generation.request
 
     @property
+    def meter(self) -> Meter:
+        return self.generation.meter
+
+    @property
     def phase(self) -> str:
         """Where the request is: queue, prefill or decode."""
-        if self.sampled:
+        if self.meter.completion_tokens:
             return "decode"
-        return "prefill" if self.prefilling else "queue"
-
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once its prefill has begun."""
-        return Usage(
-            prompt_tokens=len(self.request.prompt) if self.prefilling else 0,
-            completion_tokens=self.sampled,
-            cached_tokens=self.cached,
-        )
+        return "queue" if self.meter.prefill_at is None else "prefill"
 
     def ticket(self, uid: int) -> Ticket:
         """The claim to put before admission."""
@@ -60,14 +55,29 @@ class Job:
             max_tokens=request.max_tokens,
             sampling=request.sampling,
             tenant=request.tenant,
+            on_prefill=self.begin,
         )
+
+    def begin(self, cached: int) -> None:
+        """The prefill begins, after `cached` tokens that are there already."""
+        meter = self.meter
+        meter.prefill_at = self.clock()
+        meter.cached_tokens = cached
+        meter.prompt_tokens = len(self.request.prompt)
+
+    def end(self) -> Usage:
+        """Nothing more will come; returns what was used."""
+        self.meter.ended_at = self.clock()
+        return self.meter.usage()
 
     def advance(self, token: Token) -> tuple[str, FinishReason | None]:
         """Take one token: (text now certain, how the generation ended by it).
 
         An end-of-sequence token has no text; a stop string ends a row that the backend still runs.
         """
-        self.sampled += 1
+        if self.meter.first_token_at is None:
+            self.meter.first_token_at = self.clock()
+        self.meter.completion_tokens += 1
         ended = token.finish_reason
         text, stopped = ("", False) if ended is FinishReason.STOP else self.text.add(token.token)
         if ended is not None and not stopped:

@@ -118,7 +118,7 @@ class MlxBackend:
         result = StepResult()
         began = self._clock()
         if self._prefill is None and self._waiting and not self.busy:  # who leaves may leave a prefix for who comes
-            self._prefill = self._next_cohort(result)
+            self._prefill = self._next_cohort()
         load = self._load_now()
         plan = self.pacer.plan(load)
         chore = self._chore or self._next_chore()
@@ -149,11 +149,12 @@ class MlxBackend:
             - self.pacer.prefill_seconds(SMALLEST_CHUNK, load.cohort_context)
         )
 
-    def _next_cohort(self, result: StepResult) -> PrefillBatch:
+    def _next_cohort(self) -> PrefillBatch:
         most = min(self._settings.engine.max_prefill_rows, self.max_rows)
         limits = CohortLimits(most, self.pacer.room(self._load_now()), self.info.memory.chunk_tokens)
         rows = next_cohort(self._waiting, self._prefixes, limits)
-        result.started += [(state.row.uid, state.cached) for state, _ in rows]
+        for state, _ in rows:
+            state.row.on_prefill(state.cached)
         caches = [cache or self.fresh_cache() for _, cache in rows]
         return PrefillBatch(self.model, [state for state, _ in rows], caches)
 

@@ -67,12 +67,14 @@ class Worker:
 
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all or none. Raises QueueFull or InvalidRequest."""
-        jobs = [Job(g, self._text_stream(g.request)) for g in generations]
+        jobs = [Job(g, self._text_stream(g.request), self._clock) for g in generations]
+        now = self._clock()
         with self._wake:
             numbered = list(enumerate(jobs, self._next_uid))
             self._admission.offer([job.ticket(uid) for uid, job in numbered])
             self._next_uid += len(jobs)
             for uid, job in numbered:
+                job.meter.submitted_at = now
                 self._jobs[uid] = job
                 self._uids[job.generation] = uid
             self._wake.notify()
@@ -222,15 +224,12 @@ class Worker:
     def _collect(self, result: StepResult) -> list[int]:
         """Turn a step's tokens into deltas; returns the rows that a stop string ended."""
         stopped = []
-        for uid, cached in result.started:
-            if job := self._jobs.get(uid):
-                job.prefilling, job.cached = True, cached
         for token in result.tokens:
             if job := self._jobs.get(token.uid):
                 text, reason = job.advance(token)
                 self._admission.served(token.uid, 1)
                 if reason is not None:
-                    self._end(token.uid, reason, Delta(text, reason, job.usage()))
+                    self._end(token.uid, reason, Delta(text, reason, job.meter.usage()))
                     if token.finish_reason is None:
                         stopped.append(token.uid)
                 elif text:
@@ -248,7 +247,7 @@ class Worker:
         job = self._jobs.pop(uid)
         del self._uids[job.generation]
         self._admission.release(uid)
-        self._telemetry.ended(reason, job.usage())
+        self._telemetry.ended(reason, job.end())
         if last is not None:
             self._outbox.append((job.generation, last))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +96,16 @@ def test_late_joins_and_cached_prefixes_equal_mlx_lm_alone(backend: MlxBackend, 
     backend.insert(row(0, base))
     finish(backend, 1)
     asked = [[*base, 9, 10], base, base[:40], [*base[:30], 200, 201], [50, 51]]
-    backend.insert(row(1, asked[0], max_tokens=12))
-    started = [*backend.step().started, *backend.step().started]
-    for uid, prompt in enumerate(asked[1:], 2):
-        backend.insert(row(uid, prompt))
-    tokens, results = finish(backend, len(asked))
-    cached = dict(started + [pair for result in results for pair in result.started])
+    cached: dict[int, int] = {}
+    heard = [
+        replace(row(uid, prompt), on_prefill=partial(cached.__setitem__, uid)) for uid, prompt in enumerate(asked, 1)
+    ]
+    backend.insert(replace(heard[0], max_tokens=12))
+    backend.step()
+    backend.step()
+    for each in heard[1:]:
+        backend.insert(each)
+    tokens, _ = finish(backend, len(asked))
     assert cached[1] >= len(base)
     assert 0 < cached[2] < len(base)
     assert cached[5] == 0
