@@ -22,7 +22,7 @@ from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, next_cohort
 from service.engine.decode_batch import DecodeBatch
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, unheard
-from service.engine.pacing import SMALLEST_CHUNK, Load, Pacer
+from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowProcessors, Samplers
 from service.engine.warmup import Warmup
@@ -32,7 +32,11 @@ DONE: Final = object()
 
 
 class MlxBackend:
-    """Drives one mlx-lm model. `clock` is a monotonic clock in seconds."""
+    """Drives one mlx-lm model. `clock` is a monotonic clock in seconds.
+
+    `ahead`: compute a token while the one before it is handed over; by default on a GPU. On a CPU launching waits for
+    most of the computation (mlx's scheduler takes 10 tasks), so a step would hold two tokens and hide nothing.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,9 @@ class MlxBackend:
         *,
         load: Callable[[Settings, Report], LoadedModel] = load_model,
         clock: Callable[[], float] = time.perf_counter,
+        ahead: bool | None = None,
     ) -> None:
+        self._ahead = mx.default_device() == mx.Device(mx.gpu) if ahead is None else ahead
         self._settings = settings
         self._load = load
         self._clock = clock
@@ -115,22 +121,25 @@ class MlxBackend:
 
     def step(self) -> StepResult:
         """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers."""
-        result = StepResult()
-        began = self._clock()
+        result, began = StepResult(), self._clock()
         if self._prefill is None and self._waiting and not self.busy:  # who leaves may leave a prefix for who comes
             self._prefill = self._next_cohort()
         load = self._load_now()
         plan = self.pacer.plan(load)
         chore = self._chore or self._next_chore()
         if self._decode is not None and plan.decode and (chore is None or self._decode.launched):
-            self._emit(self._decode, result, load, ahead=chore is None and not load.cohort)
+            self._emit(self._decode, result, load, ahead=self._ahead and chore is None and not load.cohort)
         if not self._work_off(began):
             return result
-        if self._prefill is not None and plan.chunk and (chore is None or self._left(began, load) > 0):
+        if (
+            self._prefill is not None
+            and plan.chunk
+            and (chore is None or self.pacer.chunk_fits(load, self._clock() - began))
+        ):
             self._prefill_once(self._prefill, plan.chunk, result)
             if not self._work_off(began):
                 return result
-        if self._decode is not None and plan.launch and not self._decode.launched:
+        if self._ahead and self._decode is not None and plan.launch and not self._decode.launched:
             self._launch(self._decode)
         self._drop_failed(result)
         return result
@@ -141,22 +150,13 @@ class MlxBackend:
         leaving = self._decode is not None and any(state.leaving for state in self._decode.rows)
         return leaving or self._chore is not None
 
-    def _left(self, began: float, load: Load) -> float:
-        """Seconds of this step that the smallest chunk would leave over."""
-        return (
-            self.pacer.target
-            - (self._clock() - began)
-            - self.pacer.prefill_seconds(SMALLEST_CHUNK, load.cohort_context)
-        )
-
-    def _next_cohort(self) -> PrefillBatch:
+    def _next_cohort(self) -> PrefillBatch | None:
+        """The next prompts to prefill; None while the rows that decode leave no time for one more."""
         most = min(self._settings.engine.max_prefill_rows, self.max_rows)
-        limits = CohortLimits(most, self.pacer.room(self._load_now()), self.info.memory.chunk_tokens)
+        limits = CohortLimits(most, self.info.memory.chunk_tokens, self.pacer, self._load_now())
         rows = next_cohort(self._waiting, self._prefixes, limits)
-        for state, _ in rows:
-            state.row.on_prefill(state.cached)
         caches = [cache or self.fresh_cache() for _, cache in rows]
-        return PrefillBatch(self.model, [state for state, _ in rows], caches)
+        return PrefillBatch(self.model, [state for state, _ in rows], caches) if rows else None
 
     def _load_now(self) -> Load:
         decode, prefill = self._decode, self._prefill
@@ -187,8 +187,7 @@ class MlxBackend:
         self.pacer.observe_decode(load.rows, load.context, result.decode_seconds)
 
     def _prefill_once(self, batch: PrefillBatch, chunk: int, result: StepResult) -> None:
-        began = self._clock()
-        context = batch.context
+        began, context = self._clock(), batch.context
         chunk = min(chunk, self.info.memory.chunk(context + chunk))
         result.prefill_tokens = batch.advance(max(1, chunk // len(batch.rows)))
         result.prefill_seconds = self._clock() - began

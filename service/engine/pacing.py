@@ -19,6 +19,9 @@ FRESH = 32
 HEADROOM = 0.8
 """Share of the target that is planned for; the rest absorbs what a measurement cannot know."""
 
+ROOM_TO_GROW = 0.7
+"""Share of the target that rows may take together when one joins: their contexts, and so their steps, still grow."""
+
 LEAST_WORTH = 1.5
 """Where even the smallest chunk takes longer than the target, the largest that takes at most this many times as
 long: on a GPU the fixed cost of a chunk may be tens of milliseconds, and the prompt would never get on."""
@@ -145,6 +148,19 @@ class Pacer:
         if load.computing or not self._decoded_last:
             return StepPlan(decode=True, launch=False)
         return StepPlan(decode=False, chunk=self._chunk(budget, load.cohort_context), launch=False)
+
+    def chunk_fits(self, load: Load, spent: float) -> bool:
+        """Whether the smallest chunk still fits into a step that has lasted for `spent` seconds."""
+        return spent + self.prefill_seconds(SMALLEST_CHUNK, load.cohort_context) < self.target
+
+    def may_join(self, load: Load, rows: int, context: int) -> bool:
+        """Whether `rows` more, the longest after `context` tokens, may decode with the live ones; one alone always may.
+
+        What they add to their contexts afterwards is not foreseen: a step that grows a little longer is better
+        than a stream that has to stop.
+        """
+        rows, context = load.rows + rows, max(load.context, context)
+        return rows <= 1 or self.decode_seconds(rows, context) <= self.target * ROOM_TO_GROW
 
     def room(self, load: Load) -> int:
         """Positions that a new cohort may have to be prefilled in one step beside the live rows."""

@@ -11,7 +11,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -31,32 +31,48 @@ pytestmark = pytest.mark.real_model
 def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     demo_settings: Settings, demo_model_dir: object, count: Callable[[str, int, int], int]
 ) -> None:
-    """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here."""
+    """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here.
+
+    Then the same prompts again, which are in the prefix cache now: all want to decode at once.
+    """
     length = count("bounded step: tokens of each of 8 prompts", 2000, 4000)
     outputs = count("bounded step: output tokens of each", 16, 200)
     backend = MlxBackend(demo_settings)
     backend.load()
     backend.warm_up(lambda *_: None)
     rng = random.Random(5)
-    for uid in range(8):
-        prompt = tuple(rng.randrange(100, 40_000) for _ in range(length))
+    prompts = [tuple(rng.randrange(100, 40_000) for _ in range(length)) for _ in range(8)]
+    target = demo_settings.engine.step_target
+    for first_uid, what in ((0, "new prompts"), (8, "cached prompts")):
+        seconds, most_rows = step_times(backend, prompts, first_uid, outputs)
+        longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
+        print(
+            f"bounded step, {what}: longest {longest:.3f} s, p99 {p99:.3f} s, median {statistics.median(seconds):.3f} s, "
+            f"{len(seconds)} steps, {most_rows} rows at most"
+        )
+        assert p99 <= target
+        assert longest <= 2 * target
+    assert most_rows > 1
+    backend.rebuild()
+
+
+def step_times(
+    backend: MlxBackend, prompts: Sequence[tuple[int, ...]], first_uid: int, outputs: int
+) -> tuple[list[float], int]:
+    """Seconds of each step from the first prompt to the last row's end, sorted, and most rows that decoded together."""
+    for uid, prompt in enumerate(prompts, first_uid):
         backend.insert(
             Row(uid=uid, prompt=prompt, max_tokens=outputs, sampling=SamplingParams(temperature=0), tenant="t")
         )
     seconds: list[float] = []
-    ended = 0
-    while ended < 8 or backend.busy:
+    ended = most_rows = 0
+    while ended < len(prompts) or backend.busy:
         began = time.perf_counter()
-        ended += sum(token.finish_reason is not None for token in backend.step().tokens)
+        result = backend.step()
         seconds.append(time.perf_counter() - began)
-    backend.rebuild()
-    seconds.sort()
-    longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
-    median = statistics.median(seconds)
-    print(f"bounded step: longest {longest:.3f} s, p99 {p99:.3f} s, median {median:.3f} s, {len(seconds)} steps")
-    target = demo_settings.engine.step_target
-    assert p99 <= target
-    assert longest <= 2 * target
+        ended += sum(token.finish_reason is not None for token in result.tokens)
+        most_rows = max(most_rows, result.decode_rows)
+    return sorted(seconds), most_rows
 
 
 async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_demo: Served) -> None:
@@ -94,8 +110,8 @@ async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_
 
 def test_health_answers_within_ten_milliseconds_while_32_streams_run(state_dir: Path, demo_model_dir: Path) -> None:
     """The naive service that calls mlx-lm in an async handler took up to 18 s."""
-    with process(state_dir, timed=True) as url, Streams(url, 32) as streams:
-        streams.flowing.wait(120)
+    with process(state_dir, timed=True, MLXD_ENGINE__STEP_TARGET="1.0") as url, Streams(url, 32) as streams:
+        assert streams.flowing.wait(120), "all 32 decode"
         taken = sorted(probe(url, 400))
         assert streams.open == 32, "all 32 ran all the time"
     p99 = taken[int(len(taken) * 0.99)]

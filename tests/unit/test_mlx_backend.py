@@ -24,6 +24,7 @@ from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.mlx_backend import MlxBackend
 from service.engine.models import Progress
+from service.engine.pacing import StepCosts
 from service.settings import Settings
 from tests.progress import Recorder
 from tests.tiny import make_tiny_llama
@@ -31,9 +32,9 @@ from tests.tiny import make_tiny_llama
 GREEDY = SamplingParams(temperature=0)
 
 
-def loaded(folder: Path, **engine: Any) -> MlxBackend:
+def loaded(folder: Path, *, ahead: bool | None = None, **engine: Any) -> MlxBackend:
     options: dict[str, Any] = {"max_rows": 8, "memory_budget": 1 << 30, **engine}
-    backend = MlxBackend(Settings(model={"reference": str(folder)}, engine=options))
+    backend = MlxBackend(Settings(model={"reference": str(folder)}, engine=options), ahead=ahead)
     backend.load()
     return backend
 
@@ -43,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def backend(folder: Path) -> Iterator[MlxBackend]:
-    made = loaded(folder)
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "ahead, as on a GPU"])
+def backend(folder: Path, request: pytest.FixtureRequest) -> Iterator[MlxBackend]:
+    made = loaded(folder, ahead=request.param)
     yield made
     made.rebuild()
 
@@ -111,6 +112,24 @@ def test_late_joins_and_cached_prefixes_equal_mlx_lm_alone(backend: MlxBackend, 
     assert cached[5] == 0
     for uid, prompt in enumerate(asked, 1):
         assert tokens[uid] == alone(backend, folder, prompt)[-len(tokens[uid]) :]
+
+
+def test_rows_that_would_make_a_step_too_long_wait_for_one_to_leave(backend: MlxBackend, folder: Path) -> None:
+    slow = StepCosts(decode_row=0.3 * backend.pacer.target)  # two at a time fit
+    asked = [[3 + uid] * 20 for uid in range(6)]
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt))
+    tokens: dict[int, list[int]] = {}
+    most = ended = 0
+    while ended < len(asked):
+        backend.pacer.calibrate(slow)  # forget that this model is fast
+        result = backend.step()
+        most = max(most, result.decode_rows)
+        for token in result.tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+            ended += token.finish_reason is not None
+    assert most == 2
+    assert tokens == {uid: alone(backend, folder, prompt) for uid, prompt in enumerate(asked)}
 
 
 def test_removed_rows_leave_no_trace_in_the_others(backend: MlxBackend, folder: Path) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from service.engine.pacing import DOWN, HEADROOM, SMALLEST_CHUNK, UP, Load, Pacer, StepCosts, StepPlan
+from service.engine.pacing import DOWN, HEADROOM, ROOM_TO_GROW, SMALLEST_CHUNK, UP, Load, Pacer, StepCosts, StepPlan
 
 TARGET = 0.25
 LARGEST = 2048
@@ -133,6 +133,28 @@ def test_a_new_cohort_gets_what_fits_beside_the_live_rows(rows: int, context: in
     room = p.room(Load(rows=rows, context=context))
     seconds = p.decode_seconds(rows, context) + p.prefill_seconds(room, 0)
     assert room == SMALLEST_CHUNK or seconds <= TARGET * HEADROOM * (1 + 1e-9)
+
+
+@given(load=loads(), rows=st.integers(1, 8), context=st.integers(1, 100_000), costs=any_costs)
+def test_rows_join_while_all_of_them_decode_within_a_step_that_may_still_grow(
+    load: Load, rows: int, context: int, costs: StepCosts
+) -> None:
+    p = pacer(costs)
+    seconds = p.decode_seconds(load.rows + rows, max(load.context, context))
+    assert p.may_join(load, rows, context) == (load.rows + rows == 1 or seconds <= TARGET * ROOM_TO_GROW)
+
+
+def test_a_slow_batch_takes_nobody_in_and_its_last_row_makes_room() -> None:
+    slow = pacer(StepCosts(decode_base=0.01, decode_row=0.05))
+    assert [slow.may_join(Load(rows=rows, context=9), 1, 9) for rows in range(5)] == [True, True, True, False, False]
+    assert pacer(StepCosts(decode_base=9)).may_join(Load(), 1, 9)
+
+
+def test_beside_a_chore_a_chunk_is_prefilled_when_the_smallest_one_still_fits() -> None:
+    load = Load(cohort=1, cohort_context=100)
+    smallest = pacer().prefill_seconds(SMALLEST_CHUNK, 100)
+    assert pacer().chunk_fits(load, TARGET - smallest - 0.001)
+    assert not pacer().chunk_fits(load, TARGET - smallest + 0.001)
 
 
 Planned = Callable[[Pacer], float]
