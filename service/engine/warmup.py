@@ -70,6 +70,7 @@ class Warmup:
         progress(stages[-1], len(stages) - 1, len(stages))
         self._backend.pacer.calibrate(costs)
         if self._cold_rehearsal(min(2, self._backend.max_rows), costs):
+            self._cold_rehearsal(1, costs)  # other kernels: one row's products are with a vector
             self._cold_rehearsal(self._backend.max_rows, costs)
         return costs
 
