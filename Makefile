@@ -81,9 +81,16 @@ debian-packages:
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
 
-test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (ARGS= goes to pytest)
+# Tests of single parts run two at a time; those that run a whole service or take the time come after them, alone.
+test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (with ARGS= one run of pytest, which gets them)
 	@$(BIN)/coverage erase
-	@$(OPENBLAS_ENV) exec $(BIN)/python -m pytest --cov=service -m 'not soak' $(ARGS)
+	@$(OPENBLAS_ENV) \
+	measured="$(BIN)/python -m pytest --cov=service"; \
+	if [ -n '$(ARGS)' ]; then exec $$measured -m 'not soak' $(ARGS); fi; \
+	failed=; \
+	$$measured --cov-report= --cov-fail-under=0 -n 2 --dist loadfile -m 'not soak and not alone' || failed=1; \
+	$$measured --cov-append -m 'alone and not soak' || failed=1; \
+	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts
 	@$(OPENBLAS_ENV) exec $(BIN)/python -m pytest --full-counts --timeout 7200 $(ARGS)

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -13,6 +14,7 @@ from tests.tiny import make_tiny_llama
 
 pytest_plugins = ["tests.real_model", "tests.databases"]
 ROOT = Path(__file__).parent.parent
+WHOLE_SERVICES = {"conformance", "faults", "integration", "load"}
 COUNTS = pytest.StashKey[dict[str, int]]()
 
 hypothesis_settings.register_profile("normal", deadline=None, database=None)
@@ -26,6 +28,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = {}
     hypothesis_settings.load_profile("full" if config.getoption("full_counts") else "normal")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own selection by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole services, and those with the real model, run `alone`; others say so themselves."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in WHOLE_SERVICES or item.get_closest_marker("real_model"):
+            item.add_marker("alone")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the counts are printed by their controller
+        session.config.workeroutput["counts"] = session.config.stash[COUNTS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[COUNTS].update(node.workeroutput["counts"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
