@@ -65,10 +65,7 @@ $(DEVELOP): $(RUNTIME)
 
 install: $(DEVELOP) ## Make .venv with everything for development
 
-# The first time the demo model is fetched before the start, because that shows a progress bar.
 serve: $(RUNTIME) ## Start the service in the foreground (PORT=, HOST=, CONFIG=)
-	@if [ '$(CONFIG)' = config/development.toml ] && [ ! -d .state/models ]; then \
-	  $(BIN)/mlxd --config $(CONFIG) model fetch; fi
 	@$(OPENBLAS_ENV) exec $(BIN)/mlxd --config $(CONFIG) serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
 # As root with apt-get at hand the Debian packages are brought; elsewhere what needs them skips and says so.

