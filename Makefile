@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format soak constraints clean
+.PHONY: help install serve test check format soak fairness constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -91,6 +91,9 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts
 	@$(OPENBLAS_ENV) exec $(BIN)/python -m pytest --full-counts --timeout 7200 $(ARGS)
+
+fairness: $(DEVELOP) ## Measure a flood beside a polite client and draw docs/fairness.svg; takes minutes
+	@$(OPENBLAS_ENV) exec $(BIN)/python -m tests.load.fairness
 
 check: $(DEVELOP) ## Lint, format check, types and the architecture tests; under a minute
 	@failed=; \

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from service import __version__
-from service.api import admin, docs, health, metrics as metrics_route, native
+from service.api import admin, docs, health, metrics as metrics_route, native, usage
 from service.api.deps import AppState
 from service.api.errors import ErrorRenderer
 from service.api.middleware.access import AccessLog
@@ -25,6 +25,7 @@ from service.api.middleware.body_limit import BodyLimit
 from service.api.middleware.client import ClientAddress
 from service.api.middleware.context import RequestContext
 from service.api.middleware.hosts import AllowedHosts
+from service.api.middleware.request_rate import RequestRate
 from service.api.openai import chat, completions, models
 from service.api.protocol import BoundedProtocol, Policy, bounded_protocol
 from service.auth.access_control import AccessControl, AccessService, DevelopmentKey
@@ -32,6 +33,8 @@ from service.engine.backend import Backend
 from service.engine.engine import Engine
 from service.engine.telemetry import Telemetry
 from service.inference import Inference
+from service.limits.limiter import Limits
+from service.limits.usage_report import UsageReports
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -49,6 +52,7 @@ class App:
     engine: Engine
     protocol: type[BoundedProtocol]
     access: AccessService
+    limits: Limits
 
     def open(self) -> DevelopmentKey | None:
         """Reach the database before the first request; returns the development key where there is one.
@@ -63,27 +67,29 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
     """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError."""
     metrics = Metrics()
     access = AccessService(settings, metrics)
+    limits = Limits(settings, metrics, access.control.storage if settings.auth.enabled else None)
     if backend is None:
         from service.engine.mlx_backend import MlxBackend
 
         backend = MlxBackend(settings)
     engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
-    inference = Inference(engine, settings)
+    inference = Inference(engine, settings, limits)
     asgi = create_app(
         settings,
         engine=engine,
         inference=inference,
         metrics=metrics,
         access=access.control,
-        running=_running(access, inference),
+        limits=limits,
+        running=_running(access, limits, inference),
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
-    return App(asgi, engine, bounded_protocol(policy), access)
+    return App(asgi, engine, bounded_protocol(policy), access, limits)
 
 
 @asynccontextmanager
-async def _running(access: AccessService, inference: Inference) -> AsyncIterator[None]:
-    async with access.run():
+async def _running(access: AccessService, limits: Limits, inference: Inference) -> AsyncIterator[None]:
+    async with access.run(), limits.run():  # what is left of usage is written before the database closes
         try:
             yield
         finally:
@@ -97,6 +103,7 @@ def create_app(
     inference: Inference,
     metrics: Metrics,
     access: AccessControl,
+    limits: Limits,
     running: AbstractAsyncContextManager[object] | None = None,
     new_id: Callable[[], str] = new_id,
     jitter: Callable[[], float] = random.random,
@@ -115,6 +122,8 @@ def create_app(
         metrics=metrics,
         errors=ErrorRenderer(jitter),
         access=access,
+        limits=limits,
+        usage=UsageReports(access.storage) if settings.auth.enabled else None,
         new_id=new_id,
         now=now,
         started=int(now()),
@@ -137,7 +146,7 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], clo
         middleware=_middleware(state, clock),
     )
     state["errors"].install(app)
-    for part in (health, native, chat, completions, models, metrics_route, admin):
+    for part in (health, native, chat, completions, models, metrics_route, admin, usage):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app
@@ -145,12 +154,13 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], clo
 
 def _middleware(state: AppState, clock: Callable[[], float]) -> list[Middleware]:
     """Every layer between the server and the router, outermost first."""
-    settings, errors, metrics = state["settings"], state["errors"], state["metrics"]
+    settings, errors, metrics, limits = state["settings"], state["errors"], state["metrics"], state["limits"]
     return [
         Middleware(RequestContext, errors=errors, metrics=metrics, new_id=state["new_id"]),
         Middleware(AccessLog, metrics=metrics, clock=clock),
         Middleware(ClientAddress, trusted=settings.server.trusted_proxies),
         Middleware(AllowedHosts, allowed=settings.server.allowed_hosts, errors=errors),
-        Middleware(Authentication, access=state["access"], errors=errors, metrics=metrics),
+        Middleware(Authentication, access=state["access"], limits=limits, errors=errors, metrics=metrics),
+        Middleware(RequestRate, limits=limits, errors=errors),
         Middleware(BodyLimit, limits=settings.http, errors=errors),
     ]

@@ -6,16 +6,18 @@ dialect of the path; nothing else turns an exception into bytes.
     ServiceError
      +- InvalidRequest           400  the request itself is wrong; `param` names the field
      |   +- ContextLengthExceeded 400
+     |   +- DeadlineTooShort     400  no load but the prompt's own length stands in the way
      +- Unauthorized             401  every reason with the same bytes; `reason` is for the operator only
      |   +- CredentialRevoked    401  in mid-stream
      +- Forbidden                403  the credential is good, but not for this
+     |   +- UnknownLimits        403  its plan is not in the configuration, or its own limits are no limits
      +- NotFound                 404
      +- MethodNotAllowed         405
      +- RequestTimeout           408  the client was too slow to send its request
      +- PayloadTooLarge          413
      +- UnsupportedMediaType     415
      +- LimitExceeded            429  the client's own limit, never our overload
-     |   +- RateLimited          429  requests in a minute or a second
+     |   +- RateLimited          429  requests in a minute or a second; failed credentials of an address
      |   +- TokenLimited         429  tokens in a minute
      |   +- TooManyConcurrent    429
      |   +- QuotaExhausted       429  of the day or the month: an SDK's retry cannot help
@@ -25,6 +27,7 @@ dialect of the path; nothing else turns an exception into bytes.
      +- Unavailable              503
      |   +- NotReady             503  loading, warming or failed
      |   +- QueueFull            503
+     |   +- DeadlineUnreachable  503  it would still be waiting when its time is over
      |   +- Draining             503
      |   +- EngineFailed         503
      |   +- StorageUnavailable   503  the database cannot be asked; never taken for a wrong credential
@@ -85,6 +88,13 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
+class DeadlineTooShort(InvalidRequest):
+    """Reading the prompt takes longer than the request may: true at any load, so no retry helps."""
+
+    code = "deadline_too_short"
+    should_retry = False
+
+
 class Unauthorized(ServiceError):
     """The one answer to every credential that does not let in.
 
@@ -104,6 +114,16 @@ class Forbidden(ServiceError):
     status = 403
     code = "permission_denied"
     should_retry = False
+
+
+class UnknownLimits(Forbidden):
+    """Nothing is allowed to a credential whose limits cannot be told. `reason` is for the operator."""
+
+    code = "unknown_limits"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("The limits of this credential cannot be told; ask the operator.")
+        self.reason = reason
 
 
 class NotFound(ServiceError):
@@ -180,6 +200,13 @@ class NotReady(Unavailable):
 
 class QueueFull(Unavailable):
     code = "queue_full"
+
+
+class DeadlineUnreachable(Unavailable):
+    """`retry_after`: when the same request would have its first token in time, if nobody else came."""
+
+    code = "deadline_unreachable"
+    should_retry = True
 
 
 class Draining(Unavailable):

@@ -1,20 +1,26 @@
-"""Where identity, limits and engine meet: tokenise -> (reserve) -> submit. The one path into the engine."""
+"""Where identity, limits and engine meet: tokenise, reserve, submit; settle. The one path into the engine."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from service.auth.principal import Principal
 from service.engine.backend import ModelInfo
 from service.engine.engine import Engine
-from service.engine.generation import Generation, GenerationRequest, SamplingParams
+from service.engine.generation import FinishReason, Generation, GenerationRequest, SamplingParams
 from service.errors import ContextLengthExceeded, InvalidRequest, NotFound
-from service.settings import Settings
+from service.limits.limiter import Held, Limits
+from service.limits.states import TokenState
+from service.settings import PlanSettings, Settings
+from service.storage.usage import UsageRow
 
 ENCODER_THREADS = 2
 """Encoding releases the GIL; two threads keep one huge prompt from delaying everybody's short ones."""
@@ -22,30 +28,51 @@ ENCODER_THREADS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What a route understood of a request, before tokens. Either `prompt` (raw text or token ids) or `messages`.
+    """What a route understood of a request, before tokens. Either `prompts` (raw texts or token ids) or `messages`.
 
-    `max_tokens` None means `default_max_tokens`; both are capped by the remaining context. `n` rows are run,
-    each with its own seed when there is one. `trim_space` drops one space that the text begins with.
+    `max_tokens` None means `default_max_tokens`; both are capped by the remaining context. `n` rows are run for each
+    prompt, each with its own seed when there is one. `timeout`: seconds that the client is willing to wait for the
+    end. `trim_space` drops one space that the text begins with. `endpoint` (the route's path) and `stream` are for the
+    usage that is kept. `told` gets the shared token budget.
     """
 
     request_id: str
+    endpoint: str
     default_max_tokens: int
+    told: Callable[[TokenState], None]
+    stream: bool = False
     model: str | None = None
-    prompt: str | Sequence[int] | None = None
+    prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[Mapping[str, Any]] | None = None
     max_tokens: int | None = None
+    timeout: float | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
     trim_space: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
+def _random_id() -> str:
+    return secrets.token_hex(16)
+
+
 class Inference:
     """Starts generations for a principal. Belongs to the event loop's thread."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        limits: Limits,
+        *,
+        now: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = _random_id,
+    ) -> None:
         self.engine = engine
         self._settings = settings
+        self._limits = limits
+        self._now = now
+        self._new_id = new_id
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
 
     @property
@@ -72,65 +99,142 @@ class Inference:
         return self.model_names[0]
 
     async def start(self, ask: Ask, principal: Principal, stack: AsyncExitStack) -> list[Generation]:
-        """Tokenise, check and submit; `stack` then owns closing every generation.
+        """Tokenise, check, reserve and submit; `stack` then owns closing every generation, and settling.
 
-        Every refusal is a ServiceError raised here, before any byte is sent.
+        Every refusal is a ServiceError raised here, before any byte is sent. What is reserved, as what is settled,
+        counts the prompt once for each row: each is a prefill of its own.
         """
         info = self.engine.ready_info()
         self.resolve_model(ask.model, principal)
-        deadline = self.engine.clock() + self._settings.engine.request_timeout
-        prompt = await self._tokens(ask, info)
-        request = GenerationRequest(
-            request_id=ask.request_id,
-            prompt=prompt,
-            max_tokens=self._max_tokens(ask, info, len(prompt)),
-            sampling=_checked(ask.sampling, info),
-            stop=ask.stop,
-            trim_space=ask.trim_space,
-            principal=principal.id,
-            tenant=principal.tenant,
-            deadline=deadline,
-        )
-        generations = self.engine.submit([_nth(request, index) for index in range(ask.n)])
+        plan = self._limits.plan_of(principal)
+        requests = await self._requests(ask, principal, info, plan)
+        tokens = sum(len(request.prompt) + request.max_tokens for request in requests)
+        held = await self._limits.reserve(principal, plan, tokens, told=ask.told)
+        generations: list[Generation] = []
+        try:
+            generations = self.engine.submit(requests)
+        finally:
+            if not generations:
+                held.settle(0)
+        stack.callback(self._settle, ask, principal, generations, held)
         for generation in generations:
             stack.callback(generation.close)
         return generations
 
-    async def _tokens(self, ask: Ask, info: ModelInfo) -> tuple[int, ...]:
-        """The prompt's tokens, encoded off the loop. Raises InvalidRequest or ContextLengthExceeded."""
-        if ask.messages is None and not isinstance(ask.prompt, str):
-            tokens = tuple(ask.prompt or ())
-            if any(not 0 <= token < info.vocab_size for token in tokens):
-                raise InvalidRequest("The prompt holds a token id outside the vocabulary.", param="prompt")
-        else:
-            text = ask.prompt if isinstance(ask.prompt, str) else "".join(m["content"] for m in ask.messages or ())
-            least = info.tokenizer.at_least(text)
-            if least >= info.context_length:
-                raise ContextLengthExceeded(context_length=info.context_length, prompt_tokens=least, at_least=True)
-            loop = asyncio.get_running_loop()
-            tokens = tuple(await loop.run_in_executor(self._encoders, _encode, ask, info))
-        if not tokens:
-            raise InvalidRequest("The prompt is empty.", param="prompt" if ask.messages is None else "messages")
-        if len(tokens) >= info.context_length:
-            raise ContextLengthExceeded(context_length=info.context_length, prompt_tokens=len(tokens))
-        return tokens
+    async def _requests(
+        self, ask: Ask, principal: Principal, info: ModelInfo, plan: PlanSettings
+    ) -> list[GenerationRequest]:
+        """Each row's work. Raises InvalidRequest or ContextLengthExceeded."""
+        deadline = self.engine.clock() + self._timeout(ask, plan)
+        requests: list[GenerationRequest] = []
+        for prompt in await self._prompts(ask, info, plan):
+            request = GenerationRequest(
+                request_id=ask.request_id,
+                prompt=prompt,
+                max_tokens=self._max_tokens(ask, info, plan, len(prompt)),
+                sampling=_checked(ask.sampling, info),
+                stop=ask.stop,
+                trim_space=ask.trim_space,
+                principal=principal.id,
+                weight=plan.weight,
+                tenant=principal.tenant,
+                deadline=deadline,
+            )
+            requests += [_nth(request, index) for index in range(ask.n)]
+        return requests
 
-    def _max_tokens(self, ask: Ask, info: ModelInfo, prompt_tokens: int) -> int:
+    def _settle(self, ask: Ask, principal: Principal, generations: Sequence[Generation], held: Held) -> None:
+        """The request is over, however it ended, and its generations are closed: charge it, and keep what it used."""
+        meters = [generation.meter for generation in generations]
+        used = [meter.usage() for meter in meters]
+        submitted = meters[0].submitted_at
+        prefills = [meter.prefill_at for meter in meters if meter.prefill_at is not None]
+        firsts = [meter.first_token_at for meter in meters if meter.first_token_at is not None]
+        held.settle(sum(usage.prompt_tokens + usage.completion_tokens for usage in used))
+        row = UsageRow(
+            id=self._new_id(),
+            at=self._now(),
+            request_id=ask.request_id,
+            principal=principal.id,
+            tenant=principal.tenant,
+            key_id=principal.key_id,
+            model=self.model_names[0],
+            endpoint=ask.endpoint,
+            stream=ask.stream,
+            rows=len(generations),
+            prompt_tokens=sum(usage.prompt_tokens for usage in used),
+            cached_tokens=sum(usage.cached_tokens for usage in used),
+            completion_tokens=sum(usage.completion_tokens for usage in used),
+            queue_seconds=min(prefills) - submitted if prefills else None,
+            time_to_first_token=min(firsts) - submitted if firsts else None,
+            duration_seconds=self.engine.clock() - submitted,
+            finish_reason=_outcome(generations),
+        )
+        self._limits.note(row)
+
+    async def _prompts(self, ask: Ask, info: ModelInfo, plan: PlanSettings) -> list[tuple[int, ...]]:
+        """Each prompt's tokens, encoded off the loop. Raises InvalidRequest or ContextLengthExceeded."""
+        found: list[tuple[int, ...]] = []
+        if ask.messages is not None:
+            text = "".join(message["content"] for message in ask.messages)
+            self._check_length(ask, info, plan, info.tokenizer.at_least(text), at_least=True)
+            found.append(await self._encoded(partial(info.tokenizer.encode_chat, ask.messages)))
+        for prompt in ask.prompts:
+            if isinstance(prompt, str):
+                self._check_length(ask, info, plan, info.tokenizer.at_least(prompt), at_least=True)
+                found.append(await self._encoded(partial(info.tokenizer.encode, prompt)))
+            elif all(0 <= token < info.vocab_size for token in prompt):
+                found.append(tuple(prompt))
+            else:
+                raise InvalidRequest("The prompt holds a token id outside the vocabulary.", param="prompt")
+        for tokens in found:
+            if not tokens:
+                raise InvalidRequest("The prompt is empty.", param=_prompt_param(ask))
+            self._check_length(ask, info, plan, len(tokens), at_least=False)
+        return found
+
+    async def _encoded(self, encode: Callable[[], Sequence[int]]) -> tuple[int, ...]:
+        return tuple(await asyncio.get_running_loop().run_in_executor(self._encoders, encode))
+
+    def _check_length(self, ask: Ask, info: ModelInfo, plan: PlanSettings, tokens: int, *, at_least: bool) -> None:
+        """Raises ContextLengthExceeded, or InvalidRequest for what the plan does not allow."""
+        if tokens >= info.context_length:
+            raise ContextLengthExceeded(context_length=info.context_length, prompt_tokens=tokens, at_least=at_least)
+        self._limits.check_prompt(plan, tokens, param=_prompt_param(ask), at_least=at_least)
+
+    def _max_tokens(self, ask: Ask, info: ModelInfo, plan: PlanSettings, prompt_tokens: int) -> int:
         limit = self._settings.engine.max_output_tokens
-        if ask.max_tokens is not None and ask.max_tokens > limit:
-            raise InvalidRequest(f"max_tokens may be at most {limit}.", param="max_tokens")
-        return min(ask.max_tokens or ask.default_max_tokens, limit, info.context_length - prompt_tokens)
+        if ask.max_tokens is not None:
+            if ask.max_tokens > limit:
+                raise InvalidRequest(f"max_tokens may be at most {limit}.", param="max_tokens")
+            self._limits.check_output(plan, ask.max_tokens)
+        room = info.context_length - prompt_tokens
+        return min(ask.max_tokens or ask.default_max_tokens, limit, plan.max_output_tokens, room)
+
+    def _timeout(self, ask: Ask, plan: PlanSettings) -> float:
+        """Seconds for the whole request: the shortest of what the service, the plan and the client allow."""
+        limit = min(self._settings.engine.request_timeout, plan.request_timeout)
+        return limit if ask.timeout is None else min(limit, ask.timeout)
 
     def close(self) -> None:
         """Let the encoder threads end; running encodes finish first."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(ask: Ask, info: ModelInfo) -> list[int]:
-    if ask.messages is not None:
-        return info.tokenizer.encode_chat(ask.messages)
-    assert isinstance(ask.prompt, str)
-    return info.tokenizer.encode(ask.prompt)
+def _prompt_param(ask: Ask) -> str:
+    return "prompt" if ask.messages is None else "messages"
+
+
+def _outcome(generations: Sequence[Generation]) -> str:
+    """How a request ended: as the worst of its rows did. An error's code, cancelled, length or stop."""
+    lasts = [generation.last for generation in generations]
+    for last in lasts:
+        if last is not None and last.error is not None:
+            return last.error.code
+    if None in lasts:
+        return "cancelled"
+    cut = any(last is not None and last.finish_reason is FinishReason.LENGTH for last in lasts)
+    return (FinishReason.LENGTH if cut else FinishReason.STOP).value
 
 
 def _checked(sampling: SamplingParams, info: ModelInfo) -> SamplingParams:

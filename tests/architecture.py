@@ -139,7 +139,7 @@ FREEZERS = frozenset({"frozenset", "tuple", "MappingProxyType", "types.MappingPr
 BUILDERS = FREEZERS | {
     *("re.compile", "Path", "TypeVar", "ParamSpec", "NewType", "object", "int", "float", "struct.Struct"),
     *("get_logger", "structlog.get_logger", "logging.getLogger"),  # configured elsewhere, hold nothing of ours
-    *("sa.MetaData", "sa.Table", "sa.Column", "sa.JSON"),  # the shape of the tables, complete once imported
+    *("sa.MetaData", "sa.Table", "sa.Column", "sa.Index", "sa.JSON"),  # the shape of the tables, complete once imported
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from service.engine.engine import Engine, EngineState, EngineStatus
 from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, Usage
 from service.errors import NotFound, ServiceError
 from service.inference import Ask, Inference
+from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.storage.database import Database
@@ -100,7 +102,8 @@ class FakeInference:
         if self.refusals:
             raise self.refusals.pop()
         request = GenerationRequest(request_id=ask.request_id, prompt=(1,), max_tokens=ask.max_tokens or 1)
-        found = [Generation(request, self.cancelled.append) for _ in range(ask.n)]
+        rows = ask.n * max(1, len(ask.prompts))
+        found = [Generation(request, self.cancelled.append) for _ in range(rows)]
         for generation in found:
             stack.callback(generation.close)
             for delta in self.script or ():
@@ -126,6 +129,7 @@ class Service:
     inference: FakeInference = field(default_factory=FakeInference)
     metrics: Metrics = field(default_factory=Metrics)
     clock: Callable[[], float] = lambda: 0.0
+    limits_clock: Callable[[], float] = time.monotonic
     server: uvicorn.Server | None = None
     loop: asyncio.AbstractEventLoop | None = None
     verifiers: Sequence[Verifier] | None = None
@@ -143,12 +147,14 @@ class Service:
             peppers=Peppers(Path("pepper.json"), {1: bytes(32)}),
             ready=lambda: self.store_was_reached,
         )
+        self.limits = Limits(self.settings, self.metrics, None, clock=self.limits_clock)
         self.app: FastAPI = create_app(
             self.settings,
             engine=cast("Engine", self.engine),
             inference=cast("Inference", self.inference),
             metrics=self.metrics,
             access=self.access,
+            limits=self.limits,
             new_id=lambda: next(ids),
             jitter=lambda: 0.0,
             now=lambda: 1_700_000_000.5,

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.utils import dequantize_model
 
 from service.settings import Settings
-from tests.serving import Served, served
+from tests.serving import AMPLE, Served, served
 
 Alone = Callable[..., str]
 
@@ -27,6 +27,7 @@ def demo_settings(state_dir: Path) -> Settings:
             "server.port": 0,
             "engine.max_rows": 16,
             "auth.enabled": False,
+            **AMPLE,
         },
     )
 

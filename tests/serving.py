@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,21 @@ from service.settings import Settings
 from service.storage.database import Database
 
 START_TIMEOUT = 120
+
+AMPLE: Mapping[str, Any] = {
+    "limits.failed_authentication_per_minute": 1_000_000,
+    "limits.plans": {
+        "default": {
+            "requests_per_minute": 1_000_000,
+            "request_burst": 1_000_000,
+            "tokens_per_minute": 2**50,
+            "max_output_tokens": 2**50,
+            "concurrent_requests": 1_000_000,
+        },
+        "gold": {},
+    },
+}
+"""Settings for tests that are about something else than limits, and ask more than anybody may by default."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +97,18 @@ class Running:
 
 
 @contextmanager
-def started(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterator[Running]:
+def started(state_dir: Path, *, timed: bool = False, folder: str | None = None, **overrides: str) -> Iterator[Running]:
     """`mlxd serve` with the demo model as a process of its own, once it is ready.
 
     Nobody is asked for a credential unless `overrides` say so. One whose answers are `timed` is not traced for
-    coverage.
+    coverage. `folder` is the one that it is started in.
     """
     outside = {name: value for name, value in os.environ.items() if not (timed and name.startswith("COVERAGE_"))}
     ours = {"MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), "MLXD_AUTH__ENABLED": "false"}
     command = [sys.executable, "-m", "service", "serve", "--port", "0"]
     with (
         tempfile.NamedTemporaryFile("wb", suffix=".log") as log,
-        subprocess.Popen(command, env={**outside, **ours, **overrides}, stdout=log, stderr=log) as running,
+        subprocess.Popen(command, cwd=folder, env={**outside, **ours, **overrides}, stdout=log, stderr=log) as running,
     ):
         output = Path(log.name)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -115,16 +116,22 @@ class Deltas:
 
 
 class WholeAnswer(Response):
-    """An answer that is sent when every row has ended, and not at all when the client left before."""
+    """An answer that is sent when every row has ended, and not at all when the client left before.
 
-    def __init__(self, deltas: Deltas, shape: Shape) -> None:
+    What the request holds, in `stack`, is given back before anything is sent: a client that comes back at once is not
+    in its own way.
+    """
+
+    def __init__(self, deltas: Deltas, shape: Shape, stack: AsyncExitStack) -> None:
         super().__init__()
         self._deltas = deltas
         self._shape = shape
+        self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(self._drain(), receive)
+            async with self._stack:
+                await while_connected(self._drain(), receive)
         except ClientGone:
             return
         note_usage(scope, self._deltas.choices)

@@ -20,6 +20,8 @@ from service.auth.principal import Principal, Scope
 from service.engine.engine import Engine
 from service.errors import Forbidden
 from service.inference import Inference
+from service.limits.limiter import Limits, Standing
+from service.limits.usage_report import UsageReports
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -33,6 +35,9 @@ class AppState(TypedDict):
     metrics: Metrics
     errors: ErrorRenderer
     access: AccessControl
+    limits: Limits
+    usage: UsageReports | None
+    """None where no usage is kept."""
     new_id: Callable[[], str]
     now: Callable[[], float]
     """Seconds since the epoch."""
@@ -47,6 +52,10 @@ class RequestState(AppState):
     """Fields for the request's one log line."""
     grant: Grant
     """Who is asking; absent on public paths."""
+    standing: Standing
+    """Its limits; absent where there is no grant."""
+    timeout: float | None
+    """Seconds that the client waits, where it said so; present on inference routes."""
 
 
 def request_state(request: Request) -> RequestState:

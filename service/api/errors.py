@@ -148,13 +148,15 @@ def _message(error: Mapping[str, Any]) -> str:
 
 
 def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """The steps of pydantic's location that lead through the body; names of union members are left out.
+    """The steps of pydantic's location through the body (without names of union members), or a name in the query.
 
     Ends before a name that is not plainly a field's: that would be the client's own text.
     """
+    source, *location = error["loc"]
+    if source == "query":
+        return [step for step in location[:1] if isinstance(step, str) and _FIELD.match(step)]
     steps: list[str | int] = []
     here = body
-    location = error["loc"][1:]
     for position, step in enumerate(location):
         if isinstance(step, int) and isinstance(here, list) and step < len(here):
             here = here[step]

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from service.api.answer import Choice
 from service.api.body import StrictJSONRoute
+from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.schemas import SamplingFields
 from service.api.openai.unsupported import check_max_tokens
@@ -90,10 +91,14 @@ async def generate(
     check_max_tokens(body.max_tokens, state["settings"].engine)
     ask = Ask(
         request_id=state["request_id"],
-        prompt=None if body.chat else body.prompt,
+        endpoint="/generate",
+        stream=body.stream is True,
+        told=state["standing"].note,
+        prompts=() if body.chat else (body.prompt,),
         messages=[{"role": "user", "content": body.prompt}] if body.chat else None,
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
+        timeout=state["timeout"],
         stop=body.stops(),
         trim_space=True,  # the text is the one of mlx-lm's `generate`
         sampling=body.sampling(),
@@ -105,7 +110,8 @@ async def generate(
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["native"])
+    needs = [Depends(Requires(Scope.INFERENCE)), Depends(client_timeout)]
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=needs, tags=["native"])
     router.add_api_route(
         "/generate",
         generate,

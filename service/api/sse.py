@@ -40,16 +40,22 @@ def events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 class EventStream(Response):
-    """An answer that is sent while it is generated."""
+    """An answer that is sent while it is generated.
+
+    What the request holds, in `stack`, is given back before the last bytes are sent, as in `WholeAnswer`.
+    """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, deltas: Deltas, shape: Shape, *, errors: ErrorRenderer, limits: HttpSettings) -> None:
+    def __init__(
+        self, deltas: Deltas, shape: Shape, *, stack: AsyncExitStack, errors: ErrorRenderer, limits: HttpSettings
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._deltas = deltas
         self._shape = shape
+        self._stack = stack
         self._errors = errors
         self._limits = limits
 
@@ -77,9 +83,11 @@ class EventStream(Response):
                 arrived, payloads = await self._deltas.next(keepalive), []
         except ServiceError as error:
             scope["state"]["line"]["error"] = error.code
+            await self._stack.aclose()
             await self._write(send, event(self._errors.envelope(error)), more=False)
             return
         note_usage(scope, self._deltas.choices)
+        await self._stack.aclose()
         await self._write(send, events(self._shape.closing(self._deltas.choices)) + DONE, more=False)
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
@@ -109,5 +117,5 @@ def respond(
     stack.enter_context(state["access"].running.watching(state["grant"], end))
     stack.push_async_callback(deltas.close)
     if stream:
-        return EventStream(deltas, shape, errors=state["errors"], limits=state["settings"].http)
-    return WholeAnswer(deltas, shape)
+        return EventStream(deltas, shape, stack=stack, errors=state["errors"], limits=state["settings"].http)
+    return WholeAnswer(deltas, shape, stack)

@@ -43,3 +43,24 @@ def explained() -> Iterator[None]:
         for line in str(error).splitlines():
             typer.echo(f"mlxd: configuration: {line}", err=True)
         raise typer.Exit(os.EX_CONFIG) from None
+
+
+@contextmanager
+def with_storage(context: typer.Context) -> Iterator[Settings]:
+    """The settings, with logging set up and every failure of storage told in one line."""
+    from service.errors import InvalidRequest, StorageUnavailable
+    from service.observability.logging import configure
+    from service.storage.failures import Reason, StorageFailure
+
+    settings = load_settings(context)
+    configure(level=settings.log.level, fmt=settings.log.format)
+    try:
+        with explained():
+            yield settings
+    except InvalidRequest as error:
+        typer.echo(f"mlxd: {error.message}", err=True)
+        raise typer.Exit(2) from None
+    except StorageUnavailable as error:
+        typer.echo(f"mlxd: {error.message}", err=True)
+        damaged = isinstance(error, StorageFailure) and error.reason is Reason.DAMAGED
+        raise typer.Exit(1 if damaged else os.EX_UNAVAILABLE) from None

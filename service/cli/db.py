@@ -7,22 +7,16 @@ backup that cannot be made like this, 69 where the storage cannot be asked.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.context import explained, load_settings
+from service.cli.context import with_storage
+from service.cli.output import AsJson, print_json, print_table, when
 
 if TYPE_CHECKING:
-    from service.settings import Settings
     from service.storage.audit import Entry
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def db_backup(
@@ -34,10 +28,10 @@ def db_backup(
     """Copy the SQLite database into a new file, while the service may go on."""
     from service.storage.backup import back_up
 
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         back_up(settings.storage, settings.server.state_dir, file)
     if as_json:
-        _print_json({"file": str(file), "bytes": file.stat().st_size})
+        print_json({"file": str(file), "bytes": file.stat().st_size})
     else:
         typer.echo(f"{file}: {file.stat().st_size} bytes, checked")
 
@@ -46,13 +40,13 @@ def db_check(context: typer.Context, *, as_json: AsJson = False) -> None:
     """Look for damage: the file, its tables, the keys and the audit log's chain."""
     from service.storage.inspection import inspect
 
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         findings = inspect(settings.storage, settings.server.state_dir)
     if as_json:
-        _print_json([{"name": each.name, "ok": each.ok, "detail": each.detail} for each in findings])
+        print_json([{"name": each.name, "ok": each.ok, "detail": each.detail} for each in findings])
     else:
         rows = [(each.name, "ok" if each.ok else "DAMAGED", each.detail) for each in findings]
-        _print_table(("what", "state", "detail"), rows)
+        print_table(("what", "state", "detail"), rows)
     if not all(each.ok for each in findings):
         raise typer.Exit(1)
 
@@ -61,10 +55,10 @@ def db_migrate(context: typer.Context, *, as_json: AsJson = False) -> None:
     """Bring the database to this version of mlxd, or make it; `serve` does so by itself."""
     from service.storage.database import upgrade
 
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         made = upgrade(settings.storage, settings.server.state_dir)
     if as_json:
-        _print_json({"made": list(made)})
+        print_json({"made": list(made)})
     else:
         typer.echo(f"migrations made: {', '.join(map(str, made))}" if made else "nothing to migrate")
 
@@ -85,10 +79,10 @@ def audit_verify(
         expected = None if head is None else audit.Head.parse(head)
     except ValueError:
         raise typer.BadParameter("not a head: SEQ:HASH", param_hint="--head") from None
-    with _storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
+    with with_storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
         report = database.read(lambda connection: audit.verify(connection, expected_head=expected)).result()
     if as_json:
-        _print_json(
+        print_json(
             {
                 "ok": report.ok,
                 "count": report.count,
@@ -116,34 +110,13 @@ def audit_list(
     from service.storage import audit
     from service.storage.database import Database
 
-    with _storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
+    with with_storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
         found = database.read(lambda connection: audit.entries(connection, limit=limit, before=before)).result()
     if as_json:
-        _print_json([_fields(entry) for entry in found])
+        print_json([_fields(entry) for entry in found])
     else:
-        rows = [(str(each.seq), _when(each.at), each.event, each.actor, each.detail) for each in found]
-        _print_table(("seq", "at", "event", "actor", "detail"), rows)
-
-
-@contextmanager
-def _storage(context: typer.Context) -> Iterator[Settings]:
-    """The settings, with logging set up and every failure of storage told in one line."""
-    from service.errors import InvalidRequest, StorageUnavailable
-    from service.observability.logging import configure
-    from service.storage.failures import Reason, StorageFailure
-
-    settings = load_settings(context)
-    configure(level=settings.log.level, fmt=settings.log.format)
-    try:
-        with explained():
-            yield settings
-    except InvalidRequest as error:
-        typer.echo(f"mlxd: {error.message}", err=True)
-        raise typer.Exit(2) from None
-    except StorageUnavailable as error:
-        typer.echo(f"mlxd: {error.message}", err=True)
-        damaged = isinstance(error, StorageFailure) and error.reason is Reason.DAMAGED
-        raise typer.Exit(1 if damaged else os.EX_UNAVAILABLE) from None
+        rows = [(str(each.seq), when(each.at), each.event, each.actor, each.detail) for each in found]
+        print_table(("seq", "at", "event", "actor", "detail"), rows)
 
 
 def _fields(entry: Entry) -> dict[str, Any]:
@@ -153,25 +126,3 @@ def _fields(entry: Entry) -> dict[str, Any]:
         detail = entry.detail
     whole = {"seq": entry.seq, "at": entry.at, "event": entry.event, "actor": entry.actor, "detail": detail}
     return whole | {"previous_hash": entry.previous_hash.hex(), "hash": entry.hash.hex()}
-
-
-def _when(at: float) -> str:
-    try:
-        return datetime.fromtimestamp(at, UTC).isoformat(sep=" ", timespec="seconds")
-    except (OverflowError, ValueError, OSError):  # not as we wrote it
-        return str(at)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: what is stored is no markup
-    Console().print(table)

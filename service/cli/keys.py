@@ -12,15 +12,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.db import AsJson, _print_json, _storage
+from service.cli.context import with_storage
 from service.cli.moments import duration, moment
+from service.cli.output import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
     from service.auth.api_keys import IssuedKey, Operator
@@ -82,10 +83,10 @@ def list_keys(context: typer.Context, *, as_json: AsJson = False) -> None:
     with _keys(context) as keys:
         found = [_described(record) for record in keys.database.read(list_all).result()]
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     columns = ("kid", "name", "status", "scopes", "plan", "expires_at", "last_used_at")
-    _print_table(columns, [[_cell(each[column]) for column in columns] for each in found])
+    print_table(columns, [[_cell(each[column]) for column in columns] for each in found])
 
 
 def show(context: typer.Context, kid: Kid, *, as_json: AsJson = False) -> None:
@@ -120,7 +121,7 @@ def revoke(context: typer.Context, kid: Kid, *, as_json: AsJson = False) -> None
     with _keys(context) as keys:
         record = keys.database.write(lambda connection: keys.operator.revoke(connection, kid)).result()
     if as_json:
-        _print_json(_described(record))
+        print_json(_described(record))
     else:
         typer.echo(f"mlxd: revoked {kid}", err=True)
 
@@ -149,7 +150,7 @@ def import_keys(
         spec = _spec(name=name, scopes=scope, plan=plan, tenant=tenant, models=model, networks=network, **period)
         taken = keys.database.write(lambda connection: keys.operator.take(connection, texts, spec)).result()
     if as_json:
-        _print_json([_described(record) for record in taken])
+        print_json([_described(record) for record in taken])
     else:
         for record in taken:
             typer.echo(f"mlxd: imported {record.kid}", err=True)
@@ -177,7 +178,7 @@ def _keys(context: typer.Context) -> Iterator[_Keys]:
     from service.errors import InvalidRequest, NotFound
     from service.storage.database import Database
 
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         state_dir = settings.server.state_dir
         with Database.open(settings.storage, state_dir, migrate=True) as database:
             peppers = Peppers.open(pepper_file(settings.auth, state_dir))
@@ -212,7 +213,7 @@ def _described(record: KeyRecord) -> dict[str, Any]:
 
 def _print_issued(issued: IssuedKey, *, as_json: bool) -> None:
     if as_json:
-        _print_json(_described(issued.record) | {"key": issued.text})
+        print_json(_described(issued.record) | {"key": issued.text})
         return
     typer.echo(f"mlxd: key {issued.record.kid}; it is shown this once and kept nowhere:", err=True)
     typer.echo(issued.text)
@@ -221,9 +222,9 @@ def _print_issued(issued: IssuedKey, *, as_json: bool) -> None:
 def _print_record(record: KeyRecord, *, as_json: bool) -> None:
     described = _described(record)
     if as_json:
-        _print_json(described)
+        print_json(described)
     else:
-        _print_table(("field", "value"), [[name, _cell(value)] for name, value in described.items()])
+        print_table(("field", "value"), [[name, _cell(value)] for name, value in described.items()])
 
 
 def _cell(value: object) -> str:
@@ -236,14 +237,3 @@ def _cell(value: object) -> str:
             return " ".join(f"{name}={number}" for name, number in value.items()) or "-"
         case _:
             return str(value)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    table = Table(*(Column(name, no_wrap=name == "kid") for name in columns))  # a kid is there to be copied
-    for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))  # Text: a name is no markup
-    Console().print(table)

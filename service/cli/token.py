@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.db import AsJson, _print_json, _print_table, _storage, _when
+from service.cli.context import with_storage
 from service.cli.moments import duration
+from service.cli.output import AsJson, print_json, print_table, when
 
 if TYPE_CHECKING:
     from service.auth.denied import DenyList
@@ -80,7 +81,7 @@ def token_issue(
     from service.errors import InvalidRequest
 
     valid_for = int(duration("--lifetime", lifetime))
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         chosen = _issuer(settings, issuer)
         if not chosen.symmetric:
             raise InvalidRequest(f"{issuer} has no shared secret: only it can make its tokens.")
@@ -104,7 +105,7 @@ def token_verify(
     issuer: Annotated[str | None, typer.Option(metavar="NAME", help="Believe this issuer only.")] = None,
 ) -> None:
     """Say step by step whether the token on standard input is accepted, and if not, why."""
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         names = [each.name for each in settings.auth.issuers] if issuer is None else [_issuer(settings, issuer).name]
         token = sys.stdin.buffer.read(MAX_INPUT).decode("ascii", "replace").strip()
         accepted = asyncio.run(_examine(settings, names, token))
@@ -215,7 +216,7 @@ def token_deny(
         raise typer.BadParameter("give one of --jti and --sub")
     if not is_text(value := subject if token_id is None else token_id):
         raise typer.BadParameter("not a text that a token can have")
-    with _storage(context) as settings:
+    with with_storage(context) as settings:
         chosen = _issuer(settings, issuer)
         period = chosen.max_lifetime + 2 * chosen.leeway if lasting is None else duration("--for", lasting)
         if period <= 0:
@@ -226,7 +227,7 @@ def token_deny(
             database.write(
                 lambda connection: deny(connection, identity, lasting=period, actor=f"cli:{os.getuid()}", now=now)
             ).result()
-    typer.echo(f"denied until {_when(now + period)}: {_safe(value)} of {chosen.name}")
+    typer.echo(f"denied until {when(now + period)}: {_safe(value)} of {chosen.name}")
 
 
 def token_denied(context: typer.Context, *, as_json: AsJson = False) -> None:
@@ -236,17 +237,17 @@ def token_denied(context: typer.Context, *, as_json: AsJson = False) -> None:
     from service.storage.database import Database
     from service.storage.denied import all_denied
 
-    with _storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
+    with with_storage(context) as settings, Database.open(settings.storage, settings.server.state_dir) as database:
         found = database.read(lambda connection: all_denied(connection, time.time())).result()
     if as_json:
         rows: list[dict[str, Any]] = [
             {"issuer": each.issuer, "kind": each.kind, "value": each.value, "expires_at": each.expires_at}
             for each in found
         ]
-        _print_json(rows)
+        print_json(rows)
     else:
         columns = ("issuer", "kind", "value", "until")
-        _print_table(columns, [(each.issuer, each.kind, _safe(each.value), _when(each.expires_at)) for each in found])
+        print_table(columns, [(each.issuer, each.kind, _safe(each.value), when(each.expires_at)) for each in found])
 
 
 def _issuer(settings: Settings, name: str) -> IssuerSettings:

@@ -48,8 +48,8 @@ class GenerationRequest:
     """One row's work: what to continue, how far, for whom, until when.
 
     `prompt` is not empty and leaves room for `max_tokens` >= 1 in the context. `deadline` is in seconds of
-    the engine's monotonic clock and covers queue, prefill and decode. `principal` decides fairness,
-    `tenant` which prefix-cache entries may be reused. `trim_space` drops a first space of the text.
+    the engine's monotonic clock and covers queue, prefill and decode. `principal` decides fairness, with `weight` as
+    its share, and `tenant` which prefix-cache entries may be reused. `trim_space` drops a first space of the text.
     """
 
     request_id: str
@@ -59,6 +59,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     trim_space: bool = False
     principal: str = "local"
+    weight: float = 1.0
     tenant: str = "local"
     deadline: float | None = None
 
@@ -82,6 +83,8 @@ class Meter:
     """
 
     submitted_at: float = 0.0
+    expected_at: float | None = None
+    """When the first token was expected at submission; None when too little was known."""
     prefill_at: float | None = None
     first_token_at: float | None = None
     ended_at: float | None = None

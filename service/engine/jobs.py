@@ -44,6 +44,7 @@ class Job:
             prompt_tokens=len(request.prompt),
             length=len(request.prompt) + request.max_tokens,
             deadline=request.deadline,
+            weight=request.weight,
         )
 
     def row(self, uid: int) -> Row:
@@ -69,6 +70,11 @@ class Job:
         """Nothing more will come; returns what was used."""
         self.meter.ended_at = self.clock()
         return self.meter.usage()
+
+    def cost(self) -> int:
+        """What fairness charges for the next token. The prompt was charged at admission, as a whole: with the first
+        token comes back what the prefix cache had of it."""
+        return 1 if self.meter.completion_tokens else 1 - self.meter.cached_tokens
 
     def advance(self, token: Token) -> tuple[str, FinishReason | None]:
         """Take one token: (text now certain, how the generation ended by it).

@@ -14,8 +14,10 @@ import structlog
 
 from service.engine.admission import Admission
 from service.engine.backend import Backend, MemoryUse, ModelInfo, Row, StepResult
-from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, SamplingParams
+from service.engine.foresight import Foresight
+from service.engine.generation import Delta, FinishReason, Generation, SamplingParams
 from service.engine.jobs import Job, Orders, Plan
+from service.engine.lineup import Lineup
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
 from service.errors import DeadlineExceeded, GenerationFailed, ServiceError
@@ -54,10 +56,13 @@ class Worker:
         self._wake = threading.Condition()
         rows = settings.max_rows if info.batchable else 1
         self._admission = Admission(max_queue=settings.max_queue, max_rows=rows, memory=info.memory)
+        self._lineup = Lineup(settings.max_prefill_rows)
+        self._foresight = Foresight(self._admission, self._lineup, self._in_batch, self._wake)
         self._jobs: dict[int, Job] = {}
         self._uids: dict[Generation, int] = {}
         self._next_uid = 0
         self._orders = Orders()
+        self._over: ServiceError | None = None
         self._outbox: list[Delivery] = []
         self.last_step = clock()
         self.memory = MemoryUse()
@@ -66,21 +71,33 @@ class Worker:
     # -- from the event loop ------------------------------------------------------------------------------
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Queue all or none. Raises QueueFull or InvalidRequest."""
-        jobs = [Job(g, self._text_stream(g.request), self._clock) for g in generations]
+        """Queue all or none, and only what is expected to begin before its deadline.
+
+        Raises InvalidRequest for what could never be served, QueueFull and DeadlineUnreachable for what may be later.
+        """
+        numbered = dict(enumerate(map(self._job, generations), self._next_uid))
+        tickets = [job.ticket(uid) for uid, job in numbered.items()]
         now = self._clock()
+        expected = self._foresight.wait(tickets, now)
         with self._wake:
-            numbered = list(enumerate(jobs, self._next_uid))
-            self._admission.offer([job.ticket(uid) for uid, job in numbered])
-            self._next_uid += len(jobs)
-            for uid, job in numbered:
+            if self._over is not None:  # the generation thread ends, and the loop does not know yet
+                raise self._over
+            self._admission.offer(tickets)
+            self._next_uid += len(numbered)
+            self._jobs.update(numbered)
+            for uid, job in numbered.items():
                 job.meter.submitted_at = now
-                self._jobs[uid] = job
+                job.meter.expected_at = None if expected is None else now + expected
                 self._uids[job.generation] = uid
             self._wake.notify()
 
-    def _text_stream(self, request: GenerationRequest) -> TextStream:
-        return TextStream(self._info.tokenizer, request.stop, trim_space=request.trim_space)
+    def _in_batch(self) -> list[Job]:
+        return [self._jobs[uid] for uid in self._admission.running_uids()]
+
+    def _job(self, generation: Generation) -> Job:
+        request = generation.request
+        text = TextStream(self._info.tokenizer, request.stop, trim_space=request.trim_space)
+        return Job(generation, text, self._clock)
 
     def cancel(self, generation: Generation) -> None:
         """The reader has gone: out at once when it waits, else at the next step boundary."""
@@ -137,6 +154,7 @@ class Worker:
     def fail_all(self, error: ServiceError) -> None:
         """Tell everybody, waiting or running, that nothing will come; the last thing that is done."""
         with self._wake:
+            self._over = error
             for uid in list(self._jobs):
                 self._admission.withdraw(uid)
                 self._end(uid, error.code, Delta(error=error))
@@ -177,7 +195,8 @@ class Worker:
             late = DeadlineExceeded(self._jobs[uid].phase)
             plan.remove.append(uid)
             self._end(uid, late.code, Delta(error=late))
-        plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit()]
+        room = self._lineup.room(self._in_batch(), busy=self._backend.busy)
+        plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit(room)]
         plan.room = self._info.memory.budget - self._admission.reserved_bytes
         return plan
 
@@ -189,12 +208,16 @@ class Worker:
                 self._backend.make_room(plan.room)
             for row in plan.insert:
                 self._backend.insert(row)
-            return self._backend.step()
+            began = self._clock()
+            result = self._backend.step()
         except Exception as error:  # noqa: BLE001  the worker step: whatever mlx raises fails these rows only
             self._log.error("step_failed", exc_info=error)
             self._telemetry.internal_error("worker_step")
-        self._recover()
-        return StepResult()
+            self._recover()
+            return StepResult()
+        with self._wake:
+            self._foresight.rates.step(result, self._clock() - began)
+        return result
 
     def _recover(self) -> None:
         """After a lost step: fail its rows, rebuild, and let the engine's own canary decide."""
@@ -226,8 +249,8 @@ class Worker:
         stopped = []
         for token in result.tokens:
             if job := self._jobs.get(token.uid):
+                self._admission.served(token.uid, job.cost())
                 text, reason = job.advance(token)
-                self._admission.served(token.uid, 1)
                 if reason is not None:
                     self._end(token.uid, reason, Delta(text, reason, job.meter.usage()))
                     if token.finish_reason is None:
@@ -247,7 +270,10 @@ class Worker:
         job = self._jobs.pop(uid)
         del self._uids[job.generation]
         self._admission.release(uid)
-        self._telemetry.ended(reason, job.end())
+        usage = job.end()
+        self._telemetry.ended(reason, usage)
+        if job.meter.prefill_at is not None:
+            self._foresight.rates.ended(usage, job.request.max_tokens)
         if last is not None:
             self._outbox.append((job.generation, last))
 

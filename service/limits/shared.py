@@ -8,6 +8,7 @@ are always the instance's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,25 +61,26 @@ class RequestLimits:
 
 
 class Hold:
-    """A reservation here and, when it was made there too, in the shared store. `state` is as of the reservation."""
+    """A `reservation` here and, when it was made there too, in the shared store."""
 
-    __slots__ = ("_plan", "_reservation", "_store", "state")
+    __slots__ = ("_plan", "_store", "reservation")
 
-    def __init__(
-        self, reservation: Reservation, plan: PlanSettings, state: TokenState, store: SharedStore | None
-    ) -> None:
-        self._reservation = reservation
+    def __init__(self, reservation: Reservation, plan: PlanSettings, store: SharedStore | None) -> None:
+        self.reservation = reservation
         self._plan = plan
         self._store = store
-        self.state = state
 
     def settle(self, tokens: int) -> bool:
         """As `Reservation.settle`: only the first call counts. Returns at once, so it is safe in any exit path."""
-        if not self._reservation.settle(tokens):
+        if not self.reservation.settle(tokens):
             return False
-        if self._store is not None and tokens != self._reservation.tokens:
-            self._store.give_back(self._reservation.principal_id, self._plan, self._reservation.tokens - tokens)
+        if self._store is not None and tokens != self.reservation.tokens:
+            self._store.give_back(self.reservation.principal_id, self._plan, self.reservation.tokens - tokens)
         return True
+
+
+def _nobody(_: TokenState) -> None:
+    """Told what the shared budget is, and does not care."""
 
 
 class TokenLimits:
@@ -88,18 +90,22 @@ class TokenLimits:
         self._ledger = ledger
         self._store = store
 
-    async def reserve(self, principal_id: str, plan: PlanSettings, tokens: int) -> Hold:
-        """Take a place and tokens, or nothing. Raises as `Ledger.reserve` does, also for the shared budget."""
+    async def reserve(
+        self, principal_id: str, plan: PlanSettings, tokens: int, *, told: Callable[[TokenState], None] = _nobody
+    ) -> Hold:
+        """Take a place and tokens, or nothing. Raises as `Ledger.reserve` does, also for the shared budget.
+
+        `told` gets that budget as it then is, whenever the shared store has answered.
+        """
         reservation = self._ledger.reserve(principal_id, plan, tokens)
         hold: Hold | None = None
         try:
             taken = None if self._store is None else await self._store.take(principal_id, plan, tokens)
-            if taken is None:
-                hold = Hold(reservation, plan, self._ledger.state(principal_id, plan), None)
-            elif taken.allowed:
-                hold = Hold(reservation, plan, token_state(plan.tokens_per_minute, taken.level), self._store)
-            else:
-                raise token_limited(plan, tokens, taken.level)
+            if taken is not None:
+                told(token_state(plan.tokens_per_minute, taken.level))
+                if not taken.allowed:
+                    raise token_limited(plan, tokens, taken.level)
+            hold = Hold(reservation, plan, None if taken is None else self._store)
         finally:
             if hold is None:  # refused there, or cancelled while asking
                 reservation.settle(0)

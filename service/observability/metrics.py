@@ -29,6 +29,7 @@ class Metrics:
         self._declare_engine()
         self._declare_tokens()
         self._declare_storage()
+        self._declare_limits()
 
     def _declare_http(self) -> None:
         registry = self.registry
@@ -114,6 +115,31 @@ class Metrics:
             "Reads and writes that the database could not do, by reason.",
             ("reason",),
             registry=self.registry,
+        )
+        self.usage_rows_lost = Counter(
+            "mlxd_usage_rows_lost",
+            "Rows of usage that were given up: more than memory holds while storage could not be written.",
+            registry=self.registry,
+        )
+        self.usage_rows_pending = Gauge(
+            "mlxd_usage_rows_pending", "Rows of usage that wait to be written.", registry=self.registry
+        )
+
+    def _declare_limits(self) -> None:
+        registry = self.registry
+        self.limits_refused = Counter(
+            "mlxd_limits_refused",
+            "Requests refused for a limit of the principal or the address.",
+            ("code",),
+            registry=registry,
+        )
+        self.limits_shared_store_up = Gauge(
+            "mlxd_limits_shared_store_up",
+            "1 while limits are counted in the shared store; 0 without one.",
+            registry=registry,
+        )
+        self.limits_reservations_swept = Counter(
+            "mlxd_limits_reservations_swept", "Reservations that nobody settled. None is normal.", registry=registry
         )
 
     def render(self) -> bytes:

@@ -108,6 +108,7 @@ class StorageSettings(Group):
     url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the state directory.")
     url_file: OptionalFile = Field(None, description="File (0600) that holds the URL when it contains a password.")
     busy_timeout: float = Field(2.0, gt=0, le=30, description="Seconds a write waits for another process's lock.")
+    usage_days: int = Field(400, ge=32, le=3660, description="Days for which each request's usage is kept.")
 
 
 class AuthSettings(Group):

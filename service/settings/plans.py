@@ -62,6 +62,9 @@ class PlanSettings(Group):
     weight: Annotated[float, BeforeValidator(_number)] = Field(
         1.0, ge=0.01, le=100, description="Share of a busy engine, against other principals."
     )
+    request_timeout: Annotated[float, BeforeValidator(_number)] = Field(
+        3600.0, gt=0, le=86_400, description="Seconds a request may take; engine.request_timeout holds too."
+    )
     daily_tokens: Quota = Field("unlimited", description='Tokens in a day (UTC), or "unlimited".')
     monthly_tokens: Quota = Field("unlimited", description='Tokens in a calendar month (UTC), or "unlimited".')
 

@@ -67,7 +67,33 @@ _CREDENTIALS_AND_AUDIT = (
     "INSERT INTO revisions (name, value) VALUES ('credentials', 0)",
 )
 
-MIGRATIONS: Sequence[Migration] = (_CREDENTIALS_AND_AUDIT,)
+_USAGE = (
+    """
+    CREATE TABLE usage (
+        id TEXT NOT NULL PRIMARY KEY,
+        at DOUBLE PRECISION NOT NULL,
+        request_id TEXT NOT NULL,
+        principal TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        key_id TEXT,
+        model TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        stream BOOLEAN NOT NULL,
+        rows INTEGER NOT NULL,
+        prompt_tokens BIGINT NOT NULL,
+        cached_tokens BIGINT NOT NULL,
+        completion_tokens BIGINT NOT NULL,
+        queue_seconds DOUBLE PRECISION,
+        time_to_first_token DOUBLE PRECISION,
+        duration_seconds DOUBLE PRECISION NOT NULL,
+        finish_reason TEXT NOT NULL
+    )
+    """,
+    "CREATE INDEX usage_at ON usage (at)",
+    "CREATE INDEX usage_principal_at ON usage (principal, at, prompt_tokens, completion_tokens)",
+)
+
+MIGRATIONS: Sequence[Migration] = (_CREDENTIALS_AND_AUDIT, _USAGE)
 """Step 1 is the first. A table of its own in the next step costs nothing here."""
 
 _TYPES = MappingProxyType({"sqlite": "BLOB", "postgresql": "BYTEA"})

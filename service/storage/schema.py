@@ -60,6 +60,31 @@ REVISIONS = sa.Table(
     sa.Column("value", sa.BigInteger, nullable=False),
 )
 
+USAGE = sa.Table(
+    "usage",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("at", sa.DOUBLE_PRECISION, nullable=False),
+    sa.Column("request_id", sa.Text, nullable=False),
+    sa.Column("principal", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("key_id", sa.Text),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("stream", sa.Boolean, nullable=False),
+    sa.Column("rows", sa.Integer, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("queue_seconds", sa.DOUBLE_PRECISION),
+    sa.Column("time_to_first_token", sa.DOUBLE_PRECISION),
+    sa.Column("duration_seconds", sa.DOUBLE_PRECISION, nullable=False),
+    sa.Column("finish_reason", sa.Text, nullable=False),
+    sa.Index("usage_at", "at"),
+    # With the tokens, so that a quota is summed without a look at the rows.
+    sa.Index("usage_principal_at", "principal", "at", "prompt_tokens", "completion_tokens"),
+)
+
 SCHEMA_VERSION = sa.Table(
     "schema_version",
     METADATA,

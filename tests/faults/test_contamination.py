@@ -19,7 +19,7 @@ import pytest
 from service.engine.backend import StepResult, Token
 from service.engine.mlx_backend import MlxBackend
 from service.settings import Settings
-from tests.serving import Served, served
+from tests.serving import AMPLE, Served, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*asyncio.*:ResourceWarning")
 
@@ -90,6 +90,7 @@ def settings_for(model: Path, state: Path) -> Settings:
             "engine.max_queue": 1000,
             "engine.max_prefill_chunk": 256,
             "engine.memory_budget": 256 << 20,
+            **AMPLE,
         },
     )
 

@@ -16,7 +16,7 @@ import pytest
 from service.engine.engine import EngineStatus
 from service.settings import Settings
 from tests.fakes import FakeBackend, letters
-from tests.serving import Served, served
+from tests.serving import AMPLE, Served, served
 
 GRACE = 0.1
 """Seconds beyond one step within which everything must be back."""
@@ -121,6 +121,7 @@ def test_a_reader_that_stalls_is_dropped_and_holds_nobody_up(tmp_path: Path) -> 
             "auth.enabled": False,
             "engine.max_rows": 5,
             "engine.max_output_tokens": limit,
+            **AMPLE,
         },
     )
     # A token of many bytes, so that the kernel's socket buffers (megabytes) are soon full.

@@ -12,7 +12,7 @@ import httpx
 import mlx.core as mx
 
 from service.settings import Settings
-from tests.serving import Served, served
+from tests.serving import AMPLE, Served, served
 
 
 def settings_for(model: Path, state: Path) -> Settings:
@@ -25,6 +25,7 @@ def settings_for(model: Path, state: Path) -> Settings:
             "auth.enabled": False,
             "engine.max_rows": 4,
             "engine.memory_budget": 128 << 20,
+            **AMPLE,
         },
     )
 

@@ -7,14 +7,14 @@ import pytest
 from service.auth.principal import Scope
 from service.settings import Settings
 from tests.fakes import FakeBackend
-from tests.serving import Served, make_key, served
+from tests.serving import AMPLE, Served, make_key, served
 
 
 @pytest.fixture(scope="session")
 def guarded_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("guarded")
     folder.chmod(0o700)
-    return Settings.load(None, {"server.port": 0, "server.state_dir": folder})
+    return Settings.load(None, {"server.port": 0, "server.state_dir": folder, **AMPLE})
 
 
 @pytest.fixture(scope="session")

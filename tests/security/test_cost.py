@@ -12,6 +12,7 @@ import pytest
 from service.api.errors import ErrorRenderer
 from service.api.middleware.authentication import Authentication
 from service.auth.access_control import AccessService
+from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.serving import bearer, make_key
@@ -71,8 +72,11 @@ async def test_the_cost_of_being_let_in_is_printed(tmp_path: Path, capsys: pytes
     async def nothing(*_: object) -> Any:
         raise AssertionError("nobody reads or answers")
 
-    service = AccessService(settings, Metrics())
-    layer = Authentication(application, access=service.control, errors=ErrorRenderer(lambda: 0.0), metrics=Metrics())
+    metrics = Metrics()
+    service = AccessService(settings, metrics)
+    limits = Limits(settings, metrics, service.control.storage)
+    errors = ErrorRenderer(lambda: 0.0)
+    layer = Authentication(application, access=service.control, limits=limits, errors=errors, metrics=metrics)
     figures = {}
     async with service.run():
         for name, text in credentials.items():

@@ -25,7 +25,7 @@ UNKNOWN = (
 )
 MUST_BE_THERE = {
     *("/", "/health", "/generate", "/v1/chat/completions"),
-    *("/metrics", "/docs", "/openapi.json", "/admin/keys"),
+    *("/metrics", "/docs", "/openapi.json", "/admin/keys", "/v1/usage", "/admin/usage"),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from service.engine.admission import SPARE_COUNTERS, Admission, Ticket
+from service.engine.admission import SPARE_COUNTERS, Admission, Queues, Ticket
 from service.engine.memory import KV_STEP, LayerGroup, MemoryModel
 from service.errors import InvalidRequest, QueueFull
 
@@ -16,9 +16,15 @@ ROOMY = MemoryModel(budget=1 << 40, layers=(LayerGroup(1),))
 
 
 def ticket(
-    uid: int, *, principal: str = "p", prompt: int = 1, length: int = 10, deadline: float | None = None
+    uid: int,
+    *,
+    principal: str = "p",
+    prompt: int = 1,
+    length: int = 10,
+    deadline: float | None = None,
+    weight: float = 1.0,
 ) -> Ticket:
-    return Ticket(uid=uid, principal=principal, prompt_tokens=prompt, length=length, deadline=deadline)
+    return Ticket(uid=uid, principal=principal, prompt_tokens=prompt, length=length, deadline=deadline, weight=weight)
 
 
 def admission(*, max_queue: int = MAX_QUEUE, max_rows: int = MAX_ROWS, memory: MemoryModel = ROOMY) -> Admission:
@@ -88,6 +94,53 @@ def test_idle_time_earns_no_credit() -> None:
     assert order == ["a", "b", "b", "b", "a", "b"]
 
 
+def test_a_weight_divides_what_is_charged_and_what_was_too_much_comes_back() -> None:
+    a = admission(max_queue=100, max_rows=1)
+    a.offer([ticket(0, principal="quarter", prompt=100, weight=0.25), ticket(1, principal="whole", prompt=100)])
+    assert [t.uid for t in a.admit()] == [0]
+    a.served(0, 5)
+    assert a.queues().served == {"quarter": 420.0, "whole": 0.0}
+    a.served(0, -100)
+    assert a.queues().served["quarter"] == 20.0
+    a.served(1, 7)
+    assert a.queues().served["whole"] == 0.0, "only what runs is charged"
+
+
+def test_the_queues_are_shown_as_an_offer_would_leave_them_and_are_not_changed_by_it() -> None:
+    a = admission(max_rows=1)
+    a.offer([ticket(1, principal="a", prompt=30), ticket(2, principal="a")])
+    a.admit()
+    offered = [ticket(8, principal="b"), ticket(9, principal="a")]
+    shown = a.queues(offered)
+    shown.waiting["a"].clear()
+    assert a.waiting == 1
+    a.offer(offered)
+    assert a.queues() == Queues({"a": [ticket(2, principal="a"), offered[1]], "b": [offered[0]]}, shown.served)
+    assert shown.served == {"a": 30.0, "b": 30.0}
+
+
+def test_places_are_fewer_while_memory_keeps_somebody_waiting() -> None:
+    memory = MemoryModel(budget=4 * (KV_STEP + 100), layers=(LayerGroup(1),))
+    a = admission(memory=memory)
+    assert a.places == MAX_ROWS
+    a.offer([ticket(1, length=100), ticket(2, length=300)])
+    a.admit()
+    assert a.places == 1
+    a.release(1)
+    a.admit()
+    assert a.places == MAX_ROWS
+
+
+@pytest.mark.parametrize(("rows", "never"), [(2, False), (3, True)])
+def test_a_full_queue_says_so_when_no_retry_can_help(rows: int, never: bool) -> None:
+    a = admission(max_queue=1, max_rows=1)
+    a.offer([ticket(0)])
+    with pytest.raises(QueueFull) as refused:
+        a.offer([ticket(uid) for uid in range(1, rows + 1)])
+    assert (refused.value.should_retry is False) == never
+    assert QueueFull("another").should_retry is None
+
+
 def test_deadlines_take_the_waiting_out_and_name_the_running() -> None:
     a = admission(max_rows=1)
     a.offer([ticket(1, deadline=5.0), ticket(2, deadline=3.0), ticket(3, deadline=9.0)])
@@ -130,15 +183,17 @@ class AdmissionMachine(RuleBasedStateMachine):
         target=tickets,
         principal=st.sampled_from("abc"),
         length=st.integers(1, 1600),
+        weight=st.sampled_from([0.01, 0.5, 1.0, 100.0]),
         deadline=st.none() | st.floats(0, 50),
     )
-    def offer(self, principal: str, length: int, deadline: float | None) -> int:
+    def offer(self, principal: str, length: int, weight: float, deadline: float | None) -> int:
         self.uid += 1
         offered = ticket(
             self.uid,
             principal=principal,
             prompt=max(1, length // 2),
             length=length,
+            weight=weight,
             deadline=None if deadline is None else self.now + deadline,
         )
         try:
@@ -197,6 +252,8 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         self.admission.check_integrity()
+        shown = self.admission.queues()
+        assert {t.uid for queue in shown.waiting.values() for t in queue} == self.waiting.keys()
         assert self.admission.waiting == len(self.waiting)
         assert self.admission.running == len(self.running)
         assert sorted(self.admission.running_uids()) == sorted(self.running)

@@ -5,7 +5,6 @@ from openai.types import Completion
 
 from service.api.openai.wire import Head, TextShape
 from service.engine.generation import Delta, FinishReason
-from service.errors import QueueFull
 from service.settings import EngineSettings, Settings
 from tests.fakes_api import DONE, Client, FakeInference, Service
 
@@ -52,7 +51,8 @@ async def test_a_text_completion_is_whole() -> None:
 async def test_prompts_are_texts_or_tokens_one_or_several(prompt: Any, asked: list[Any]) -> None:
     found = client()
     answer = (await found.post(TEXT, {"prompt": prompt, "n": 2})).json()
-    assert [ask.prompt for ask in found.service.inference.asks] == asked
+    [ask] = found.service.inference.asks  # one request to the engine: all of its rows or none
+    assert list(ask.prompts) == asked
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(asked)))
     assert answer["usage"]["prompt_tokens"] == 5 * len(asked)
     assert answer["usage"]["completion_tokens"] == 6 * len(asked)
@@ -61,24 +61,6 @@ async def test_prompts_are_texts_or_tokens_one_or_several(prompt: Any, asked: li
 async def test_too_many_rows_in_one_request_are_refused() -> None:
     answer = await client(max_choices=3).post(TEXT, {"prompt": ["a", "b"], "n": 2})
     assert (answer.status, answer.error["param"]) == (400, "prompt")
-
-
-async def test_a_refused_second_prompt_gives_the_first_back() -> None:
-    found = client()
-    inference = found.service.inference
-    inference.script = None
-    start = inference.start
-
-    async def refuse_the_second(*given: Any) -> Any:
-        if inference.asks:
-            inference.refusal = QueueFull("busy")
-        return await start(*given)
-
-    inference.start = refuse_the_second  # type: ignore[method-assign, assignment]
-    answer = await found.post(TEXT, {"prompt": ["a", "b"]})
-    assert (answer.status, answer.error["code"]) == (503, "queue_full")
-    assert inference.cancelled == inference.generations
-    assert len(inference.generations) == 1
 
 
 async def test_a_text_stream_ends_with_its_reason() -> None:

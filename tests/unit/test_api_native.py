@@ -29,7 +29,7 @@ async def test_what_is_not_said_has_openai_s_defaults() -> None:
     found = client()
     await found.post("/generate", {"prompt": "Say"})
     [ask] = found.service.inference.asks
-    assert (ask.prompt, ask.messages, ask.max_tokens, ask.default_max_tokens, ask.n) == ("Say", None, 100, 100, 1)
+    assert (ask.prompts, ask.messages, ask.max_tokens, ask.default_max_tokens, ask.n) == (("Say",), None, 100, 100, 1)
     assert ask.sampling == SamplingParams()
     assert ask.sampling.temperature == 1.0
     assert (ask.stop, ask.request_id) == ((), "id-1")
@@ -70,7 +70,7 @@ async def test_chat_hands_the_prompt_over_as_the_user_s_message() -> None:
     found = client()
     await found.post("/generate", {"prompt": "Hi", "chat": True, "stop": "x"})
     [ask] = found.service.inference.asks
-    assert (ask.prompt, ask.messages, ask.stop) == (None, [{"role": "user", "content": "Hi"}], ("x",))
+    assert (ask.prompts, ask.messages, ask.stop) == ((), [{"role": "user", "content": "Hi"}], ("x",))
 
 
 async def test_a_stream_ends_with_the_cost_and_the_terminator() -> None:

@@ -233,7 +233,9 @@ async def test_lifespan_passes_and_a_websocket_does_not() -> None:
     async def nothing(*_: Any) -> Any:
         raise AssertionError
 
-    layer = Authentication(inner, access=service().access, errors=ErrorRenderer(lambda: 0.0), metrics=Metrics())
+    found = service()
+    errors = ErrorRenderer(lambda: 0.0)
+    layer = Authentication(inner, access=found.access, limits=found.limits, errors=errors, metrics=Metrics())
     await layer({"type": "lifespan"}, nothing, nothing)
     await layer({"type": "websocket", "path": "/health"}, nothing, nothing)
     assert seen == ["lifespan"]

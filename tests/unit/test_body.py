@@ -141,7 +141,7 @@ async def test_a_large_body_is_parsed_in_a_thread_and_means_the_same(monkeypatch
     small = await client.post("/generate", {"prompt": "x"})
     large = await client.post("/generate", {"prompt": "x" * INLINE_BYTES})
     assert (small.status, large.status, threads) == (200, 200, [True, False])
-    assert client.service.inference.asks[-1].prompt == "x" * INLINE_BYTES
+    assert client.service.inference.asks[-1].prompts == ("x" * INLINE_BYTES,)
 
 
 @pytest.mark.anyio

@@ -73,15 +73,6 @@ def test_a_bad_configuration_is_one_line_per_problem_and_code_78(tmp_path: Path)
     ]
 
 
-@pytest.mark.usefixtures("_untouched")
-def test_limits_that_nothing_enforces_yet_are_refused_not_ignored(config: str) -> None:
-    with Path(config).open("a") as file:
-        file.write("[limits.plans.gold]\nrequests_per_minute = 1\n")
-    result = invoke("--config", config, "serve")
-    assert result.exit_code == os.EX_CONFIG
-    assert result.stderr == "mlxd: configuration: limits: not enforced by this version yet; leave the section out\n"
-
-
 def test_a_state_folder_that_cannot_be_private_is_code_78(tmp_path: Path, config: str) -> None:
     (tmp_path / "state").write_text("a file")
     result = invoke("--config", config, "serve")

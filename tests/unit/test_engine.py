@@ -426,3 +426,13 @@ async def test_the_backend_never_leaves_its_thread() -> None:
         await drained(engine.submit([request()])[0])
     assert len(backend.threads) == 1
     assert threading.get_ident() not in backend.threads
+
+
+async def test_who_submits_after_the_last_word_was_said_is_told_it_too() -> None:
+    """The generation thread has ended, and the loop does not know yet: nobody would ever answer."""
+    async with running(FakeBackend()) as engine:
+        assert engine._worker is not None
+        engine._worker.fail_all(EngineFailed("The engine has failed."))
+        assert engine.state is EngineState.READY
+        with pytest.raises(EngineFailed):
+            engine.submit([request()])

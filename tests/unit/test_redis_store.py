@@ -19,6 +19,7 @@ from service.limits.ledger import Ledger
 from service.limits.redis_store import MAX_CONNECTIONS, RedisStore, _ended, _pass_on, read_url
 from service.limits.request_rate import RequestRate
 from service.limits.shared import RequestLimits, TokenLimits
+from service.limits.states import TokenState
 from service.settings import ConfigurationError, LimitsSettings, PlanSettings
 from tests.redis_server import RedisServer, black_hole, nobody, private, redis_server
 
@@ -150,16 +151,17 @@ async def test_a_full_minute_says_when_one_more_may_come(server: RedisServer) ->
 
 async def test_tokens_of_all_instances_come_out_of_one_budget(server: RedisServer) -> None:
     async with several(server.url, 2) as (one, other):
-        hold = await one.tokens.reserve("p", plan(), 500)
-        assert hold.state.remaining in (100, 101)
+        told: list[TokenState] = []
+        hold = await one.tokens.reserve("p", plan(), 500, told=told.append)
+        assert told[0].remaining in (100, 101)
         with pytest.raises(TokenLimited) as caught:
             await other.tokens.reserve("p", plan(), 200)
         assert 9 < (caught.value.retry_after or 0) <= 10
         assert other.ledger.open == 0
         hold.settle(100)
         await eventually(lambda: not one.store._owed)
-        again = await other.tokens.reserve("p", plan(), 450)
-        assert 50 <= again.state.remaining < 60
+        again = await other.tokens.reserve("p", plan(), 450, told=told.append)
+        assert 50 <= told[1].remaining < 60
         again.settle(2000)
         await eventually(lambda: not other.store._owed)
         with pytest.raises(TokenLimited) as caught:

@@ -83,8 +83,9 @@ async def test_of_those_that_ask_at_once_no_more_than_the_burst_come_through(sto
 async def test_tokens_are_taken_and_given_back_in_both_places(store: FakeStore, ledger: Ledger) -> None:
     limits = TokenLimits(ledger, store)
     store.taken = Taken(allowed=True, level=200.0)
-    hold = await limits.reserve("p", PLAN, 100)
-    assert hold.state == TokenState(limit=600, remaining=200, reset_after=40.0)
+    told: list[TokenState] = []
+    hold = await limits.reserve("p", PLAN, 100, told=told.append)
+    assert told == [TokenState(limit=600, remaining=200, reset_after=40.0)]
     assert limits.state("p", PLAN).remaining == 500
     assert [hold.settle(30), hold.settle(0)] == [True, False]
     over = await limits.reserve("p", PLAN, 100)
@@ -97,9 +98,11 @@ async def test_tokens_are_taken_and_given_back_in_both_places(store: FakeStore, 
 
 async def test_what_the_store_refuses_holds_nothing_here(store: FakeStore, ledger: Ledger) -> None:
     store.taken = Taken(allowed=False, level=40.0)
+    told: list[TokenState] = []
     with pytest.raises(TokenLimited) as caught:
-        await TokenLimits(ledger, store).reserve("p", PLAN, 100)
+        await TokenLimits(ledger, store).reserve("p", PLAN, 100, told=told.append)
     assert caught.value.retry_after == 6.0
+    assert told == [TokenState(limit=600, remaining=40, reset_after=56.0)]
     assert (ledger.open, ledger.state("p", PLAN).remaining, store.returned) == (0, 600, [])
 
 
@@ -117,7 +120,7 @@ async def test_a_client_that_leaves_while_the_store_is_asked_holds_nothing(store
 async def test_without_an_answer_the_ledger_decides_and_nothing_is_given_back(store: FakeStore, ledger: Ledger) -> None:
     limits = TokenLimits(ledger, store)
     hold = await limits.reserve("p", PLAN, 590)
-    assert hold.state.remaining == 10
+    assert limits.state("p", PLAN).remaining == 10
     with pytest.raises(TokenLimited):
         await limits.reserve("p", PLAN, 100)
     hold.settle(1)

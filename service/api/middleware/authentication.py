@@ -2,29 +2,32 @@
 
 A request is on the short public list or needs a principal, whether or not its path or method exist. (FastAPI would
 read and parse the whole body before any dependency of a route.) Every refused credential gets the same bytes; why
-it was refused is in the log, a metric and the audit log.
+it was refused is in the log, a metric and the audit log. An address with too many of them gets 429 instead.
 """
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.errors import ErrorRenderer
 from service.api.health import PUBLIC_PATHS
-from service.api.middleware.refusal import refuse_and_close
+from service.api.middleware.refusal import refuse
 from service.auth.access_control import AccessControl
 from service.auth.grant import Grant
 from service.errors import ServiceError, Unauthorized
+from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
 
 
 class Authentication:
     """Puts the `grant` into the scope's state, and who it is into the request's log line."""
 
-    def __init__(self, app: ASGIApp, *, access: AccessControl, errors: ErrorRenderer, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, access: AccessControl, limits: Limits, errors: ErrorRenderer, metrics: Metrics
+    ) -> None:
         self._app = app
         self._access = access
+        self._limits = limits
         self._errors = errors
         self._metrics = metrics
 
@@ -45,16 +48,14 @@ class Authentication:
 
     async def _refuse(self, error: ServiceError, address: str, scope: Scope, receive: Receive, send: Send) -> None:
         line = scope["state"]["line"]
-        line.update(error=error.code, client=address)
         if isinstance(error, Unauthorized):
             line["auth_failure"] = error.reason
             self._metrics.auth_failures.labels(error.reason).inc()
             self._access.failures.note(reason=error.reason, address=address, request_id=scope["state"]["request_id"])
-            error = Unauthorized(error.reason)  # one answer for all of them, also for its subclasses
-        if _announces_body(scope):
-            await refuse_and_close(error, self._errors, receive, send, more_follows=True)
-        else:
-            await self._errors.response(error)(scope, receive, send)
+            # One answer for all of them, also for its subclasses.
+            error = self._limits.stranger(address) or Unauthorized(error.reason)
+        line.update(error=error.code, client=address)
+        await refuse(error, self._errors, scope, receive, send)
 
 
 def _is_public(scope: Scope) -> bool:
@@ -67,11 +68,6 @@ def _is_public(scope: Scope) -> bool:
 def _address(scope: Scope) -> str:
     client: tuple[str, int] | None = scope.get("client")
     return client[0] if client else ""
-
-
-def _announces_body(scope: Scope) -> bool:
-    headers = Headers(scope=scope)
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _introduce(grant: Grant, scope: Scope) -> None:

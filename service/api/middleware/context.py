@@ -7,7 +7,8 @@ knew ends here: a log line, a count, and the standard error if the answer has no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,7 +29,10 @@ _LOOKS_SECRET = re.compile(r"mlxd_|eyJ")
 
 
 class RequestContext:
-    """Accepts a well-formed `X-Request-ID` or mints one; `new_id` must return well-formed ids."""
+    """Accepts a well-formed `X-Request-ID` or mints one; `new_id` must return well-formed ids.
+
+    A layer inside may put `answer_headers` into the scope's state: a function whose pairs every answer then has.
+    """
 
     def __init__(self, app: ASGIApp, *, errors: ErrorRenderer, metrics: Metrics, new_id: Callable[[], str]) -> None:
         self._app = app
@@ -42,12 +46,12 @@ class RequestContext:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _WELL_FORMED.match(given) and not _LOOKS_SECRET.search(given) else self._new_id()
-        scope.setdefault("state", {}).update(request_id=request_id, line={})
+        scope.setdefault("state", {}).update(request_id=request_id, line={}, answer_headers=list)
         # A trailing slash means the same path. Done here, so that every layer judges the path that is routed.
         scope["path"] = scope["path"].rstrip("/") or "/"
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        responder = _Responder(send, request_id)
+        responder = _Responder(send, scope["state"])
         try:
             await self._app(scope, receive, responder.send)
         except ClientDisconnect:
@@ -61,9 +65,9 @@ class RequestContext:
 class _Responder:
     """The state of one answer on its way out."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, state: Mapping[str, Any]) -> None:
         self._send = send
-        self._request_id = request_id
+        self._state = state
         self._started = False
         self._finished = False
         self._is_stream = False
@@ -78,9 +82,11 @@ class _Responder:
     def _start(self, message: Message) -> None:
         self._started = True
         headers = MutableHeaders(scope=message)
-        headers["x-request-id"] = self._request_id
+        headers["x-request-id"] = self._state["request_id"]
         headers["x-content-type-options"] = "nosniff"
         headers.setdefault("cache-control", "no-store")
+        for name, value in self._state["answer_headers"]():
+            headers[name] = value
         self._is_stream = headers.get("content-type", "").startswith(MEDIA_TYPE)
 
     async def fail(self, errors: ErrorRenderer, scope: Scope, receive: Receive) -> None:

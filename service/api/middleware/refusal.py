@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from starlette.types import Receive, Send
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
 
 from service.api.errors import ErrorRenderer
 from service.errors import ServiceError
@@ -13,6 +14,15 @@ from service.errors import ServiceError
 LINGER_SECONDS = 1.0
 """How long a refused body is still read (and dropped): closing on unread bytes resets the connection, and a
 reset may destroy the answer before the client has read it."""
+
+
+async def refuse(error: ServiceError, errors: ErrorRenderer, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before a byte of the body was read; the connection is kept where no body was announced."""
+    headers = Headers(scope=scope)
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        await refuse_and_close(error, errors, receive, send, more_follows=True)
+    else:
+        await errors.response(error)(scope, receive, send)
 
 
 async def refuse_and_close(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Response
 
 from service.api.body import StrictJSONRoute
+from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.messages import plain_messages
 from service.api.openai.schemas import ChatCompletion, ChatRequest
@@ -27,10 +28,14 @@ async def chat_completions(
     rows = body.n or 1
     ask = Ask(
         request_id=state["request_id"],
+        endpoint="/v1/chat/completions",
+        stream=body.stream is True,
+        told=state["standing"].note,
         model=body.model,
         messages=plain_messages(body.messages),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         default_max_tokens=limits.default_max_tokens,
+        timeout=state["timeout"],
         n=rows,
         stop=body.stops(),
         sampling=body.sampling(),
@@ -53,7 +58,8 @@ async def chat_completions(
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["openai"])
+    needs = [Depends(Requires(Scope.INFERENCE)), Depends(client_timeout)]
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=needs, tags=["openai"])
     router.add_api_route(
         "/v1/chat/completions",
         chat_completions,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Response
 
 from service.api.body import StrictJSONRoute
+from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
 from service.api.openai.schemas import Completion, CompletionRequest
 from service.api.openai.unsupported import check_completion
@@ -14,7 +15,6 @@ from service.api.openai.wire import Head, TextShape
 from service.api.routes import refusals
 from service.api.sse import respond
 from service.auth.principal import Scope
-from service.engine.generation import Generation
 from service.errors import InvalidRequest
 from service.inference import Ask
 
@@ -32,19 +32,21 @@ async def completions(
         raise InvalidRequest(
             f"Prompts times n may be at most {limits.max_choices} here.", param="prompt", code="invalid_value"
         )
-    generations: list[Generation] = []
-    for prompt in prompts:
-        ask = Ask(
-            request_id=state["request_id"],
-            model=body.model,
-            prompt=prompt,
-            max_tokens=body.max_tokens,
-            default_max_tokens=limits.default_max_tokens,
-            n=rows,
-            stop=body.stops(),
-            sampling=body.sampling(),
-        )
-        generations += await inference.start(ask, principal, stack)
+    ask = Ask(
+        request_id=state["request_id"],
+        endpoint="/v1/completions",
+        stream=body.stream is True,
+        told=state["standing"].note,
+        model=body.model,
+        prompts=prompts,
+        max_tokens=body.max_tokens,
+        default_max_tokens=limits.default_max_tokens,
+        timeout=state["timeout"],
+        n=rows,
+        stop=body.stops(),
+        sampling=body.sampling(),
+    )
+    generations = await inference.start(ask, principal, stack)
     head = Head(
         id=f"cmpl-{state['new_id']()}",
         created=int(state["now"]()),
@@ -67,7 +69,8 @@ def _prompts(body: CompletionRequest) -> Sequence[str | Sequence[int]]:
 
 def build_router() -> APIRouter:
     """The routes of this module."""
-    router = APIRouter(route_class=StrictJSONRoute, dependencies=[Depends(Requires(Scope.INFERENCE))], tags=["openai"])
+    needs = [Depends(Requires(Scope.INFERENCE)), Depends(client_timeout)]
+    router = APIRouter(route_class=StrictJSONRoute, dependencies=needs, tags=["openai"])
     router.add_api_route(
         "/v1/completions",
         completions,
