@@ -17,6 +17,9 @@ from service.engine.generation import FinishReason
 from service.engine.row_cache import Places, RowCache, rounded
 from service.engine.sampling import Sampler
 
+SPARE = 64
+"""Positions beyond a stretched row's tokens."""
+
 
 class Emitted(NamedTuple):
     """One row's next token, and why it is the row's last."""
@@ -187,6 +190,17 @@ class DecodeBatch:
                 layer.resize(max(rows, len(self)), max(positions, self._places.reach))
                 mx.eval(layer.state)
                 yield
+
+    def stretch(self, length: int) -> bool:
+        """Go on as if every row had `length` tokens, to measure; False where a cache of another kind keeps that out."""
+        self._launched.clear()
+        if not all(isinstance(layer, RowCache) for layer in self.cache):
+            return False
+        for layer in self.cache:
+            layer.resize(len(self), length + SPARE)
+            mx.eval(layer.state)
+        self._places.stretch(length)
+        return True
 
     def _process(self, inputs: mx.array, logits: mx.array) -> mx.array:
         if not any(state.processors for state in self.rows):

@@ -44,6 +44,11 @@ class Places:
         self.lengths += lengths
         self._place()
 
+    def stretch(self, length: int) -> None:
+        """Every row counts as having `length` tokens."""
+        self.lengths = [length] * len(self.lengths)
+        self._place()
+
     def filter(self, order: Sequence[int]) -> None:
         """Row i is from now on what was row `order[i]`."""
         self.lengths = [self.lengths[index] for index in order]

@@ -30,6 +30,9 @@ NOISE = 0.02
 DECODE_STEPS = 3
 SHORT_PROMPT = 4
 
+DEEP, DEEP_ROWS = 1024, 4
+"""Context and rows at which its cost is measured: enough that it is no matter of noise."""
+
 MOST_REPEATS = 4
 """Repeats after which a shape that still gets faster is left to traffic."""
 
@@ -145,9 +148,17 @@ class Warmup:
         seconds = self._decode_sizes(sizes, GREEDY)
         one, all_rows = seconds[1], seconds.get(most) or self._decode(most, GREEDY)
         row = max(0.0, all_rows - one) / max(1, most - 1)
-        deep = self._deep
-        context = max(0.0, self._steps(self._decoding(1, GREEDY, deep)) - one) / deep
+        context = self._context_cost(min(most, DEEP_ROWS), min(DEEP, self._backend.info.context_length // 2))
         return replace(costs, decode_base=max(0.0, one - row), decode_row=row, decode_context=context)
+
+    def _context_cost(self, rows: int, length: int) -> float:
+        """Seconds by which one token of one row's context makes a decode step longer."""
+        batch = self._decoding(rows, GREEDY)
+        shallow = self._steps(batch)
+        if not batch.stretch(length):
+            length = self._deep
+            batch = self._decoding(rows, GREEDY, length)
+        return max(0.0, self._steps(batch) - shallow) / (rows * length)
 
     def _decode_sizes(self, sizes: Sequence[int], params: SamplingParams) -> dict[int, float]:
         """Seconds of a step by rows: the smallest size, and the others when its first use was colder."""

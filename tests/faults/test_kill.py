@@ -3,6 +3,7 @@ next start is ready about as soon as the first was."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ import pytest
 from service.settings import Settings
 from service.storage import audit, keys
 from service.storage.database import Database
-from tests.serving import _banner_url, bearer, make_key
+from tests.serving import AMPLE, _banner_url, bearer, make_key
 
 SLOWER_START = 2.0
 """Seconds that a start after a kill may take longer than the first one."""
@@ -32,7 +33,11 @@ CLIENTS = 4
 def service(state_dir: Path, model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
     """(process, URL, seconds from its start until it was ready). Whoever is still there at the end is killed."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    ours = {"MLXD_MODEL__REFERENCE": str(model), "MLXD_SERVER__STATE_DIR": str(state_dir)}
+    ours = {
+        "MLXD_MODEL__REFERENCE": str(model),
+        "MLXD_SERVER__STATE_DIR": str(state_dir),
+        "MLXD_LIMITS__PLANS": json.dumps(AMPLE["limits.plans"]),
+    }
     began = time.monotonic()
     with (
         log.open("wb") as output,

@@ -83,6 +83,8 @@ def test_racing_processes_make_one_file_and_lose_no_version(tmp_path: Path) -> N
         start = manager.Barrier(4)
         digests = pool.starmap(open_together, [(path, start)] * 4, chunksize=1)
         versions = pool.starmap(rotate_together, [(path, start)] * 4, chunksize=1)
+        pool.close()  # what the end of the block sends would be a signal that coverage waits for
+        pool.join()
     assert len(set(digests)) == 1
     assert sorted(versions) == [2, 3, 4, 5]
     assert Peppers.open(path).versions == {1, 2, 3, 4, 5}

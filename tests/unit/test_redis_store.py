@@ -13,8 +13,10 @@ from typing import TypeVar
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import CapturingLogger
 
 from service.errors import TokenLimited
+from service.limits import redis_store
 from service.limits.ledger import Ledger
 from service.limits.redis_store import MAX_CONNECTIONS, RedisStore, _ended, _pass_on, read_url
 from service.limits.request_rate import RequestRate
@@ -402,7 +404,10 @@ async def test_what_is_given_back_to_a_redis_that_is_down_is_dropped(stopped: Re
         await eventually(lambda: not one.store._owed)
 
 
-async def test_a_task_that_dies_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_task_that_dies_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(redis_store, "log", log)
+
     async def die() -> None:
         raise ZeroDivisionError
 
@@ -421,8 +426,9 @@ async def test_a_task_that_dies_is_logged(capsys: pytest.CaptureFixture[str]) ->
         store._begun_is_done(task)
         _pass_on(task, to=passed.append)
     assert passed == []
-    out = capsys.readouterr()
-    assert (out.out + out.err).count("shared_limits_task_died") == 1
+    [call] = log.calls
+    assert (call.method_name, call.args) == ("error", ("shared_limits_task_died",))
+    assert isinstance(call.kwargs["exc_info"], ZeroDivisionError)
 
 
 @pytest.mark.parametrize("text", ["", "http://localhost", "localhost:6379", "async+redis://x", b"\xff", "memory://"])
