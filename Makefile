@@ -86,7 +86,7 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	if [ -n '$(ARGS)' ]; then exec $$measured -m 'not soak' $(ARGS); fi; \
 	failed=; \
 	$$measured --cov-report= --cov-fail-under=0 -n 2 --dist loadfile -m 'not soak and not alone' || failed=1; \
-	$$measured --cov-append -m 'alone and not soak' || failed=1; \
+	$$measured --cov-append --durations=20 -m 'alone and not soak' || failed=1; \
 	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts
