@@ -255,7 +255,7 @@ def test_nothing_around_a_started_service_switches_limits_off(place: str, tmp_pa
 # Redis ------------------------------------------------------------------------------------------------------
 
 MOST_LAG = 0.05
-LAG_ATTEMPTS = 20
+LAG_ATTEMPTS = 3
 
 
 @pytest.fixture
