@@ -15,10 +15,11 @@ from typing import Any
 from service.auth.principal import Principal
 from service.engine.backend import ModelInfo
 from service.engine.engine import Engine
-from service.engine.generation import FinishReason, Generation, GenerationRequest, SamplingParams
+from service.engine.generation import Generation, GenerationRequest, SamplingParams
 from service.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
+from service.observability.record import RequestRecord
 from service.settings import PlanSettings, Settings
 from service.storage.usage import UsageRow
 
@@ -33,13 +34,14 @@ class Ask:
     `max_tokens` None means `default_max_tokens`; both are capped by the remaining context. `n` rows are run for each
     prompt, each with its own seed when there is one. `timeout`: seconds that the client is willing to wait for the
     end. `trim_space` drops one space that the text begins with. `endpoint` (the route's path) and `stream` are for the
-    usage that is kept. `told` gets the shared token budget.
+    record. `told` gets the shared token budget, `over` the record of a request that was queued, when it is over.
     """
 
     request_id: str
     endpoint: str
     default_max_tokens: int
     told: Callable[[TokenState], None]
+    over: Callable[[RequestRecord], None]
     stream: bool = False
     model: str | None = None
     prompts: Sequence[str | Sequence[int]] = ()
@@ -56,8 +58,34 @@ def _random_id() -> str:
     return secrets.token_hex(16)
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What is known of a request once it is queued; its times are the engine's."""
+
+    principal: Principal
+    began_at: float
+    encoded_at: float
+
+    def record(self, ask: Ask, generations: Sequence[Generation], *, model: str, ended_at: float) -> RequestRecord:
+        """The request, now that it is over."""
+        return RequestRecord(
+            request_id=ask.request_id,
+            principal=self.principal.id,
+            tenant=self.principal.tenant,
+            key_id=self.principal.key_id,
+            model=model,
+            endpoint=ask.endpoint,
+            stream=ask.stream,
+            began_at=self.began_at,
+            encoded_at=self.encoded_at,
+            submitted_at=generations[0].meter.submitted_at,
+            ended_at=ended_at,
+            rows=tuple(generation.record(ended_at) for generation in generations),
+        )
+
+
 class Inference:
-    """Starts generations for a principal. Belongs to the event loop's thread."""
+    """Starts generations for a principal. Belongs to the event loop's thread. `observers` get every record."""
 
     def __init__(
         self,
@@ -65,12 +93,14 @@ class Inference:
         settings: Settings,
         limits: Limits,
         *,
+        observers: Sequence[Callable[[RequestRecord], None]] = (),
         now: Callable[[], float] = time.time,
         new_id: Callable[[], str] = _random_id,
     ) -> None:
         self.engine = engine
         self._settings = settings
         self._limits = limits
+        self._observers = observers
         self._now = now
         self._new_id = new_id
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
@@ -104,10 +134,12 @@ class Inference:
         Every refusal is a ServiceError raised here, before any byte is sent. What is reserved, as what is settled,
         counts the prompt once for each row: each is a prefill of its own.
         """
+        began = self.engine.clock()
         info = self.engine.ready_info()
         self.resolve_model(ask.model, principal)
         plan = self._limits.plan_of(principal)
         requests = await self._requests(ask, principal, info, plan)
+        encoded = self.engine.clock()
         tokens = sum(len(request.prompt) + request.max_tokens for request in requests)
         held = await self._limits.reserve(principal, plan, tokens, told=ask.told)
         generations: list[Generation] = []
@@ -116,7 +148,8 @@ class Inference:
         finally:
             if not generations:
                 held.settle(0)
-        stack.callback(self._settle, ask, principal, generations, held)
+        accepted = Accepted(principal, began_at=began, encoded_at=encoded)
+        stack.callback(self._settle, ask, accepted, generations, held)
         for generation in generations:
             stack.callback(generation.close)
         return generations
@@ -143,34 +176,34 @@ class Inference:
             requests += [_nth(request, index) for index in range(ask.n)]
         return requests
 
-    def _settle(self, ask: Ask, principal: Principal, generations: Sequence[Generation], held: Held) -> None:
-        """The request is over, however it ended, and its generations are closed: charge it, and keep what it used."""
-        meters = [generation.meter for generation in generations]
-        used = [meter.usage() for meter in meters]
-        submitted = meters[0].submitted_at
-        prefills = [meter.prefill_at for meter in meters if meter.prefill_at is not None]
-        firsts = [meter.first_token_at for meter in meters if meter.first_token_at is not None]
-        held.settle(sum(usage.prompt_tokens + usage.completion_tokens for usage in used))
-        row = UsageRow(
+    def _settle(self, ask: Ask, accepted: Accepted, generations: Sequence[Generation], held: Held) -> None:
+        """The request is over, however it ended, and its generations are closed: charge it, and tell who keeps it."""
+        record = accepted.record(ask, generations, model=self.model_names[0], ended_at=self.engine.clock())
+        held.settle(record.prompt_tokens + record.completion_tokens)
+        self._limits.note(self._usage(record))
+        for observe in (ask.over, *self._observers):
+            observe(record)
+
+    def _usage(self, record: RequestRecord) -> UsageRow:
+        return UsageRow(
             id=self._new_id(),
             at=self._now(),
-            request_id=ask.request_id,
-            principal=principal.id,
-            tenant=principal.tenant,
-            key_id=principal.key_id,
-            model=self.model_names[0],
-            endpoint=ask.endpoint,
-            stream=ask.stream,
-            rows=len(generations),
-            prompt_tokens=sum(usage.prompt_tokens for usage in used),
-            cached_tokens=sum(usage.cached_tokens for usage in used),
-            completion_tokens=sum(usage.completion_tokens for usage in used),
-            queue_seconds=min(prefills) - submitted if prefills else None,
-            time_to_first_token=min(firsts) - submitted if firsts else None,
-            duration_seconds=self.engine.clock() - submitted,
-            finish_reason=_outcome(generations),
+            request_id=record.request_id,
+            principal=record.principal,
+            tenant=record.tenant,
+            key_id=record.key_id,
+            model=record.model,
+            endpoint=record.endpoint,
+            stream=record.stream,
+            rows=len(record.rows),
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+            queue_seconds=record.queue_seconds,
+            time_to_first_token=record.time_to_first_token,
+            duration_seconds=record.ended_at - record.submitted_at,
+            finish_reason=record.finish_reason,
         )
-        self._limits.note(row)
 
     async def _prompts(self, ask: Ask, info: ModelInfo, plan: PlanSettings) -> list[tuple[int, ...]]:
         """Each prompt's tokens, encoded off the loop. Raises InvalidRequest or ContextLengthExceeded."""
@@ -223,18 +256,6 @@ class Inference:
 
 def _prompt_param(ask: Ask) -> str:
     return "prompt" if ask.messages is None else "messages"
-
-
-def _outcome(generations: Sequence[Generation]) -> str:
-    """How a request ended: as the worst of its rows did. An error's code, cancelled, length or stop."""
-    lasts = [generation.last for generation in generations]
-    for last in lasts:
-        if last is not None and last.error is not None:
-            return last.error.code
-    if None in lasts:
-        return "cancelled"
-    cut = any(last is not None and last.finish_reason is FinishReason.LENGTH for last in lasts)
-    return (FinishReason.LENGTH if cut else FinishReason.STOP).value
 
 
 def _checked(sampling: SamplingParams, info: ModelInfo) -> SamplingParams:

@@ -32,7 +32,7 @@ from service.engine.backend import MemoryUse
 from service.engine.engine import Engine, EngineState, EngineStatus
 from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, Usage
 from service.errors import NotFound, ServiceError
-from service.inference import Ask, Inference
+from service.inference import Accepted, Ask, Inference
 from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -104,13 +104,22 @@ class FakeInference:
         request = GenerationRequest(request_id=ask.request_id, prompt=(1,), max_tokens=ask.max_tokens or 1)
         rows = ask.n * max(1, len(ask.prompts))
         found = [Generation(request, self.cancelled.append) for _ in range(rows)]
+        stack.callback(self._over, ask, principal, found)
         for generation in found:
             stack.callback(generation.close)
             for delta in self.script or ():
                 generation.put(delta)
+                if delta.usage is not None:
+                    generation.meter.prompt_tokens = delta.usage.prompt_tokens
+                    generation.meter.cached_tokens = delta.usage.cached_tokens
+                    generation.meter.completion_tokens = delta.usage.completion_tokens
         self.generations += found
         self.started.set()
         return found
+
+    def _over(self, ask: Ask, principal: Principal, found: list[Generation]) -> None:
+        accepted = Accepted(principal, began_at=0.0, encoded_at=0.0)
+        ask.over(accepted.record(ask, found, model=NAMES[0], ended_at=0.0))
 
 
 def _no_database() -> Database:

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from service.engine.generation import Delta, FinishReason, Generation, Usage
+from service.observability.record import RequestRecord
 
 T = TypeVar("T")
 
@@ -134,7 +135,6 @@ class WholeAnswer(Response):
                 await while_connected(self._drain(), receive)
         except ClientGone:
             return
-        note_usage(scope, self._deltas.choices)
         await JSONResponse(self._shape.body(self._deltas.choices))(scope, receive, send)
 
     async def _drain(self) -> None:
@@ -163,12 +163,11 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-def note_usage(scope: Scope, choices: Sequence[Choice]) -> None:
-    """Add what the request cost, and how it ended, to its log line."""
-    usages = [choice.usage for choice in choices if choice.usage is not None]
-    scope["state"]["line"].update(
-        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-        cached_tokens=sum(usage.cached_tokens for usage in usages),
-        completion_tokens=sum(usage.completion_tokens for usage in usages),
-        finish_reasons=sorted({choice.finish_reason.value for choice in choices if choice.finish_reason is not None}),
+def note_record(line: dict[str, Any], record: RequestRecord) -> None:
+    """Add what the request cost, and how it ended, to its log `line`."""
+    line.update(
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        finish_reason=record.finish_reason,
     )

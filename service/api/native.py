@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Response
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from service.api.answer import Choice
+from service.api.answer import Choice, note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
@@ -94,6 +95,7 @@ async def generate(
         endpoint="/generate",
         stream=body.stream is True,
         told=state["standing"].note,
+        over=partial(note_record, state["line"]),
         prompts=() if body.chat else (body.prompt,),
         messages=[{"role": "user", "content": body.prompt}] if body.chat else None,
         max_tokens=body.max_tokens,

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.answer import ClientGone, Deltas, Shape, WholeAnswer, note_usage, while_connected
+from service.api.answer import ClientGone, Deltas, Shape, WholeAnswer, while_connected
 from service.api.deps import RequestState
 from service.api.errors import ErrorRenderer
 from service.engine.generation import Generation
@@ -86,7 +86,6 @@ class EventStream(Response):
             await self._stack.aclose()
             await self._write(send, event(self._errors.envelope(error)), more=False)
             return
-        note_usage(scope, self._deltas.choices)
         await self._stack.aclose()
         await self._write(send, events(self._shape.closing(self._deltas.choices)) + DONE, more=False)
 

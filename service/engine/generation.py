@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Self
 
 from service.errors import ServiceError
+from service.observability.record import CANCELLED, RowRecord
 
 
 class FinishReason(StrEnum):
@@ -120,6 +121,14 @@ class Delta:
         """True when nothing follows."""
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def outcome(self) -> str:
+        """How a final delta ended its row: an error's code, `length` or `stop`."""
+        if self.error is not None:
+            return self.error.code
+        assert self.finish_reason is not None, "this delta is not final"
+        return self.finish_reason.value
+
     def merged(self, later: Delta) -> Delta:
         """This delta followed by `later`, as one."""
         return Delta(self.text + later.text, later.finish_reason, later.usage, later.error)
@@ -160,6 +169,20 @@ class Generation:
         if delta.final:
             self.last = delta
         self._ready.set()
+
+    def record(self, now: float) -> RowRecord:
+        """What is to be kept of it, when it is closed or has ended."""
+        meter = self.meter
+        return RowRecord(
+            prefill_at=meter.prefill_at,
+            first_token_at=meter.first_token_at,
+            ended_at=now if meter.ended_at is None else meter.ended_at,
+            prompt_tokens=meter.prompt_tokens,
+            cached_tokens=meter.cached_tokens,
+            completion_tokens=meter.completion_tokens,
+            max_tokens=self.request.max_tokens,
+            finish_reason=CANCELLED if self.last is None else self.last.outcome,
+        )
 
     def fail(self, error: ServiceError) -> None:
         """End it with `error` for the reader, and cancel it; an unfinished one only."""

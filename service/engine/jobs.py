@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.engine.admission import Ticket
 from service.engine.backend import Row, Token
 from service.engine.generation import FinishReason, Generation, GenerationRequest, Meter, Usage
+from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
 from service.errors import ServiceError
 
 
 @dataclass(slots=True)
 class Job:
-    """A submitted generation and its text so far. Changes on the generation thread only."""
+    """A submitted generation and its text so far. Changes on the generation thread only, except for `cancelled`.
+
+    From the moment it is `cancelled`, which is under `lock`, nothing is counted any more: what its reader then sees
+    in the meter is what metrics and ledger have.
+    """
 
     generation: Generation
     text: TextStream
     clock: Callable[[], float]
+    lock: AbstractContextManager[Any]
+    telemetry: Telemetry
+    cancelled: bool = False
 
     @property
     def request(self) -> GenerationRequest:
@@ -61,10 +71,14 @@ class Job:
 
     def begin(self, cached: int) -> None:
         """The prefill begins, after `cached` tokens that are there already."""
-        meter = self.meter
-        meter.prefill_at = self.clock()
-        meter.cached_tokens = cached
-        meter.prompt_tokens = len(self.request.prompt)
+        with self.lock:
+            if self.cancelled:
+                return
+            meter = self.meter
+            meter.prefill_at = self.clock()
+            meter.cached_tokens = cached
+            meter.prompt_tokens = len(self.request.prompt)
+            self.telemetry.prefill(meter.prompt_tokens, cached)
 
     def end(self) -> Usage:
         """Nothing more will come; returns what was used."""

@@ -5,7 +5,7 @@ Only what must be counted as it happens. Gauges are read off `Engine.status` whe
 
 from __future__ import annotations
 
-from service.engine.generation import FinishReason, Usage
+from service.engine.generation import FinishReason
 from service.observability.metrics import Metrics
 
 
@@ -24,11 +24,17 @@ class Telemetry:
         """A submission was refused."""
         self._metrics.admission_rejections.labels(reason).inc()
 
-    def ended(self, reason: FinishReason | str, usage: Usage) -> None:
+    def prefill(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A row's prefill begins; so many of its tokens come from the prefix cache."""
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        self._metrics.prompt_tokens_cached.inc(cached_tokens)
+
+    def decoded(self, tokens: int) -> None:
+        """A step has sampled `tokens` for rows that somebody waits for."""
+        self._metrics.generation_tokens.inc(tokens)
+
+    def ended(self, reason: FinishReason | str) -> None:
         """A row that was admitted or queued has ended, normally or not."""
-        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self._metrics.prompt_tokens_cached.inc(usage.cached_tokens)
-        self._metrics.generation_tokens.inc(usage.completion_tokens)
         if isinstance(reason, FinishReason):
             self._metrics.request_success.labels(reason.value).inc()
         else:

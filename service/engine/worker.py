@@ -97,7 +97,7 @@ class Worker:
     def _job(self, generation: Generation) -> Job:
         request = generation.request
         text = TextStream(self._info.tokenizer, request.stop, trim_space=request.trim_space)
-        return Job(generation, text, self._clock)
+        return Job(generation, text, self._clock, self._wake, self._telemetry)
 
     def cancel(self, generation: Generation) -> None:
         """The reader has gone: out at once when it waits, else at the next step boundary."""
@@ -108,6 +108,7 @@ class Worker:
             if self._admission.withdraw(uid):
                 self._end(uid, "cancelled", None)
             else:
+                self._jobs[uid].cancelled = True
                 self._orders.cancelled.append(uid)
                 self._wake.notify()
 
@@ -247,8 +248,10 @@ class Worker:
     def _collect(self, result: StepResult) -> list[int]:
         """Turn a step's tokens into deltas; returns the rows that a stop string ended."""
         stopped = []
+        counted = 0
         for token in result.tokens:
-            if job := self._jobs.get(token.uid):
+            if (job := self._jobs.get(token.uid)) and not job.cancelled:
+                counted += 1
                 self._admission.served(token.uid, job.cost())
                 text, reason = job.advance(token)
                 if reason is not None:
@@ -257,6 +260,7 @@ class Worker:
                         stopped.append(token.uid)
                 elif text:
                     self._outbox.append((job.generation, Delta(text)))
+        self._telemetry.decoded(counted)
         for uid, error in result.failed:
             if job := self._jobs.get(uid):
                 self._log.error("row_failed", request_id=job.request.request_id, exc_info=error)
@@ -271,7 +275,7 @@ class Worker:
         del self._uids[job.generation]
         self._admission.release(uid)
         usage = job.end()
-        self._telemetry.ended(reason, usage)
+        self._telemetry.ended(reason)
         if job.meter.prefill_at is not None:
             self._foresight.rates.ended(usage, job.request.max_tokens)
         if last is not None:

@@ -33,7 +33,7 @@ async def test_one_line_and_one_count_for_each_request() -> None:
         "prompt_tokens": 5,
         "cached_tokens": 2,
         "completion_tokens": 3,
-        "finish_reasons": ["stop"],
+        "finish_reason": "stop",
     }
     assert found.count("mlxd_http_requests_total", route="/generate", method="POST", status="200") == 1
     assert found.count("mlxd_http_request_duration_seconds_sum", route="/generate") == 2

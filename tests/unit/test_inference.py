@@ -104,7 +104,7 @@ class World:
 
 def ask(prompt: str = "abc", **more: Any) -> Ask:
     given = {"request_id": prompt, "endpoint": "/generate", "prompts": (prompt,), "max_tokens": 4, **more}
-    return Ask(**{"default_max_tokens": 100, "told": lambda _: None, **given})
+    return Ask(**{"default_max_tokens": 100, "told": lambda _: None, "over": lambda _: None, **given})
 
 
 async def read(generations: list[Generation]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Depends, Response
 
+from service.api.answer import note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
@@ -31,6 +34,7 @@ async def chat_completions(
         endpoint="/v1/chat/completions",
         stream=body.stream is True,
         told=state["standing"].note,
+        over=partial(note_record, state["line"]),
         model=body.model,
         messages=plain_messages(body.messages),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, Depends, Response
 
+from service.api.answer import note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
 from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
@@ -37,6 +39,7 @@ async def completions(
         endpoint="/v1/completions",
         stream=body.stream is True,
         told=state["standing"].note,
+        over=partial(note_record, state["line"]),
         model=body.model,
         prompts=prompts,
         max_tokens=body.max_tokens,
