@@ -74,19 +74,21 @@ debian-packages:
 	if [ "$(VARIANT)" = cpu ] && [ -z '$(OPENBLAS)' ]; then missing="$$missing libopenblas0-pthread"; fi; \
 	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then missing="$$missing postgresql"; fi; \
 	if ! command -v redis-server >/dev/null; then missing="$$missing redis-server"; fi; \
+	if ! command -v promtool >/dev/null; then missing="$$missing prometheus"; fi; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
 
-# Tests of single parts run two at a time; those that run a whole service or take the time come after them, alone.
+# First two at a time, each with one BLAS thread (threads of two would spin for each other), measured for coverage;
+# then, alone and not measured, those that take the time.
 test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (with ARGS= one run of pytest, which gets them)
 	@$(BIN)/coverage erase
 	@$(OPENBLAS_ENV) \
-	measured="$(BIN)/python -m pytest --cov=service"; \
-	if [ -n '$(ARGS)' ]; then exec $$measured -m 'not soak' $(ARGS); fi; \
+	pytest="$(BIN)/python -m pytest"; \
+	if [ -n '$(ARGS)' ]; then exec $$pytest --cov=service -m 'not soak' $(ARGS); fi; \
 	failed=; \
-	$$measured --cov-report= --cov-fail-under=0 -n 2 --dist loadfile -m 'not soak and not alone' || failed=1; \
-	$$measured --cov-append --durations=20 -m 'alone and not soak' || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$pytest --cov=service -n 2 --dist loadfile -m 'not soak and not alone' || failed=1; \
+	$$pytest --durations=20 -m 'alone and not soak' || failed=1; \
 	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts

@@ -11,12 +11,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
 from service import __version__
-from service.api import admin, docs, health, metrics as metrics_route, native, usage
+from service.api import admin, docs, health, metrics as metrics_route, native, operations, status, usage
 from service.api.deps import AppState
 from service.api.errors import ErrorRenderer
 from service.api.middleware.access import AccessLog
@@ -25,9 +29,11 @@ from service.api.middleware.body_limit import BodyLimit
 from service.api.middleware.client import ClientAddress
 from service.api.middleware.context import RequestContext
 from service.api.middleware.hosts import AllowedHosts
+from service.api.middleware.operations import OperationsOnly, for_operators
 from service.api.middleware.request_rate import RequestRate
 from service.api.openai import chat, completions, models
 from service.api.protocol import BoundedProtocol, Policy, bounded_protocol
+from service.api.scraper import Scraper
 from service.auth.access_control import AccessControl, AccessService, DevelopmentKey
 from service.engine.backend import Backend
 from service.engine.engine import Engine
@@ -35,8 +41,17 @@ from service.engine.telemetry import Telemetry
 from service.inference import Inference
 from service.limits.limiter import Limits
 from service.limits.usage_report import UsageReports
+from service.observability.event_loop import LoopWatch
 from service.observability.metrics import Metrics
-from service.settings import Settings
+from service.observability.request_metrics import RequestMetrics, no_exemplar
+from service.observability.token_rate import TokenRate
+from service.settings import ConfigurationError, Settings
+
+if TYPE_CHECKING:  # these need an extra
+    from service.observability.otlp import OpenTelemetry
+    from service.observability.tracing import Tracing
+
+INFERENCE = (native, chat, completions)
 
 
 def new_id() -> str:
@@ -53,6 +68,11 @@ class App:
     protocol: type[BoundedProtocol]
     access: AccessService
     limits: Limits
+
+    @property
+    def operations(self) -> ASGIApp:
+        """What the operator's listener serves of it."""
+        return for_operators(self.asgi)
 
     def open(self) -> DevelopmentKey | None:
         """Reach the database before the first request; returns the development key where there is one.
@@ -73,7 +93,12 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
 
         backend = MlxBackend(settings)
     engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
-    inference = Inference(engine, settings, limits)
+    otlp = _open_telemetry(settings, metrics, engine.clock)
+    exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
+    counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
+    observers = (counted, *(() if otlp is None else otlp.observers))
+    inference = Inference(engine, settings, limits, observers=observers)
+    watch = LoopWatch(metrics.event_loop_lag.observe)
     asgi = create_app(
         settings,
         engine=engine,
@@ -81,15 +106,46 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         metrics=metrics,
         access=access.control,
         limits=limits,
-        running=_running(access, limits, inference),
+        running=_running(access, limits, inference, watch, otlp),
+        tracing=None if otlp is None else otlp.tracing,
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
     return App(asgi, engine, bounded_protocol(policy), access, limits)
 
 
+def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> OpenTelemetry | None:
+    """What leaves by OTLP, where an endpoint is configured; the SDK, an extra, is first imported here."""
+    if not settings.tracing.endpoint:
+        return None
+    try:
+        from service.observability.otlp import Collector, OpenTelemetry
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in {"opentelemetry", "requests"}:
+            raise
+        raise ConfigurationError("tracing.endpoint: needs an extra: pip install 'mlxd[otlp]'") from None
+    collector = Collector(
+        endpoint=settings.tracing.endpoint,
+        version=__version__,
+        instance=new_id(),
+        headers=settings.tracing.headers(),
+        failed=lambda signal: metrics.otlp_failures.labels(signal).inc(),
+    )
+    return OpenTelemetry(
+        collector,
+        sample_ratio=settings.tracing.sample_ratio,
+        metrics=settings.tracing.metrics,
+        paths=[route.path for part in INFERENCE for route in part.build_router().routes if isinstance(route, APIRoute)],
+        clock=clock,
+    )
+
+
 @asynccontextmanager
-async def _running(access: AccessService, limits: Limits, inference: Inference) -> AsyncIterator[None]:
-    async with access.run(), limits.run():  # what is left of usage is written before the database closes
+async def _running(
+    access: AccessService, limits: Limits, inference: Inference, watch: LoopWatch, otlp: OpenTelemetry | None
+) -> AsyncIterator[None]:
+    telemetry = nullcontext() if otlp is None else otlp.run()
+    # What is left of usage is written before the database closes, and spans go out when nothing makes any more.
+    async with telemetry, watch.run(), access.run(), limits.run():
         try:
             yield
         finally:
@@ -105,6 +161,7 @@ def create_app(
     access: AccessControl,
     limits: Limits,
     running: AbstractAsyncContextManager[object] | None = None,
+    tracing: Tracing | None = None,
     new_id: Callable[[], str] = new_id,
     jitter: Callable[[], float] = random.random,
     now: Callable[[], float] = time.time,
@@ -123,19 +180,22 @@ def create_app(
         errors=ErrorRenderer(jitter),
         access=access,
         limits=limits,
+        scraper=Scraper(settings, metrics, engine=engine, limits=limits, access=access),
+        token_rate=TokenRate(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
         new_id=new_id,
         now=now,
         started=int(now()),
     )
-    return _assemble(state, running or nullcontext(), clock)
+    return _assemble(state, running or nullcontext(), _middleware(state, clock, tracing))
 
 
-def _assemble(state: AppState, running: AbstractAsyncContextManager[object], clock: Callable[[], float]) -> FastAPI:
+def _assemble(state: AppState, running: AbstractAsyncContextManager[object], middleware: list[Middleware]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[AppState]:
         async with running:
-            yield state
+            with state["token_rate"].run():
+                yield state
 
     app = FastAPI(
         title="mlxd",
@@ -143,24 +203,28 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], clo
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would be built from the Host header
         openapi_url=None,  # api/docs.py has these routes, behind a principal
-        middleware=_middleware(state, clock),
+        middleware=middleware,
+        telemetry=TelemetryConfig(  # its own would ask the environment, and export stack traces
+            auto_configure=False, tracing=False, metrics=False, logs=False, operation_spans=False
+        ),
     )
     state["errors"].install(app)
-    for part in (health, native, chat, completions, models, metrics_route, admin, usage):
+    for part in (health, *INFERENCE, models, metrics_route, admin, operations, status, usage):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app
 
 
-def _middleware(state: AppState, clock: Callable[[], float]) -> list[Middleware]:
+def _middleware(state: AppState, clock: Callable[[], float], tracing: Tracing | None) -> list[Middleware]:
     """Every layer between the server and the router, outermost first."""
     settings, errors, metrics, limits = state["settings"], state["errors"], state["metrics"], state["limits"]
     return [
-        Middleware(RequestContext, errors=errors, metrics=metrics, new_id=state["new_id"]),
+        Middleware(RequestContext, errors=errors, metrics=metrics, new_id=state["new_id"], tracing=tracing),
         Middleware(AccessLog, metrics=metrics, clock=clock),
         Middleware(ClientAddress, trusted=settings.server.trusted_proxies),
         Middleware(AllowedHosts, allowed=settings.server.allowed_hosts, errors=errors),
         Middleware(Authentication, access=state["access"], limits=limits, errors=errors, metrics=metrics),
         Middleware(RequestRate, limits=limits, errors=errors),
+        Middleware(OperationsOnly, errors=errors),
         Middleware(BodyLimit, limits=settings.http, errors=errors),
     ]

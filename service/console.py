@@ -6,7 +6,6 @@ A bar for each stage on a terminal, plain lines otherwise. Logs go elsewhere (st
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.engine.engine import EngineState, EngineStatus
+from service.observability.logging import line_writer
 
 POLL_INTERVAL = 0.1
 BAR_WIDTH = 30
@@ -35,15 +35,26 @@ OWN_KEY = Credential("$KEY", "$KEY")
 """Where there is no development key: one that the reader has."""
 
 
+def url(host: str, port: int, *, tls: bool = False) -> str:
+    """How an address is asked."""
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class Console:
-    """Speaks on one stream about one listening address. `credential` None: nobody is asked for one."""
+    """Speaks on one stream about the service at `url`. `credential` None: nobody is asked for one.
+
+    `ops` is where the operator's listener is, if there is one. Its lines wait for no reader, and keep their order with
+    those of the log.
+    """
 
     def __init__(
-        self, stream: TextIO, *, host: str, port: int, tls: bool = False, credential: Credential | None = None
+        self, stream: TextIO, *, url: str, ops: str | None = None, credential: Credential | None = None
     ) -> None:
         self._console = rich.console.Console(file=stream, highlight=False, soft_wrap=True)
+        self._line = line_writer(stream)
         self._credential = credential
-        self.url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = url
+        self.ops = ops
 
     async def follow(self, status: Callable[[], EngineStatus]) -> None:
         """Show the engine's progress until it is ready (then the banner) or lost."""
@@ -73,6 +84,8 @@ class Console:
         if self._credential is OWN_KEY:
             self._line("  (KEY is a key of yours; to make one: mlxd keys create --name me --scope inference)")
         self._line(f"  curl -s {self.url}/generate{who} -H 'content-type: application/json' -d '{EXAMPLE}'")
+        if self.ops is not None:
+            self._line(f"mlxd: probes, /metrics, /docs and /admin also on {self.ops}")
 
     def _line_of_stage(self) -> Callable[[EngineStatus], None]:
         """Says each stage once: files that are downloaded side by side report in turn."""
@@ -84,11 +97,6 @@ class Console:
                 self._line(text)
 
         return tell
-
-    def _line(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may be reading any more; that must not stop a service
-            self._console.file.write(f"{text}\n")  # rich's own print would end the process on a broken pipe
-            self._console.file.flush()
 
 
 def _words(now: EngineStatus) -> str:

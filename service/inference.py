@@ -74,6 +74,7 @@ class Accepted:
             tenant=self.principal.tenant,
             key_id=self.principal.key_id,
             model=model,
+            asked_model=ask.model,
             endpoint=ask.endpoint,
             stream=ask.stream,
             began_at=self.began_at,

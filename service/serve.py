@@ -1,8 +1,8 @@
-"""The life of the process: listen, load, serve, drain, stop. The one place that knows uvicorn's server and signals.
+"""The life of the process: listen, load, serve, drain, stop. The one place that knows signals.
 
-The socket listens before anything heavy is imported, so a taken port is told at once and early clients wait or get
+The sockets listen before anything heavy is imported, so a taken port is told at once and early clients wait or get
 503 instead of a refusal. The engine loads on its own thread meanwhile. A first SIGTERM or SIGINT drains with the
-listener open; a second one leaves without waiting. Exit codes are listed in `cli/`.
+listeners open; a second one leaves without waiting. Exit codes are listed in `cli/`.
 
 Everything here runs on the event loop's thread. Nothing here may import mlx, directly or not, before `run`.
 """
@@ -15,30 +15,28 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import sys
-from collections.abc import Callable, Generator, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
-import uvicorn
-
-from service.console import OWN_KEY, Console, Credential
+from service.console import OWN_KEY, Console, Credential, url
 from service.engine.engine import EngineState, EngineStatus
 from service.errors import ModelUnavailable, ServiceError
+from service.listening import FLUSH_TIMEOUT, Application, CannotListen, Listeners, Sockets, listen
 from service.observability.logging import get_logger
-from service.settings import ServerSettings, Settings
-from service.settings.tls import tls_context
+from service.settings import Settings
 
 _log = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-FLUSH_TIMEOUT = 5
-"""Seconds for the last bytes of answers that are finished; readers that are slower are cut."""
-
 STOP_TIMEOUT = 10.0
 """Seconds for the generation thread to leave its step and free the model; then the process leaves without it."""
+
+LEAVE_TIMEOUT = 5.0
+"""Seconds at the end for logs and streams: a pipe that nobody reads must not keep the process."""
 
 EX_CANNOT_LISTEN = 1
 
@@ -75,18 +73,11 @@ class DevelopmentKey(Protocol):
     def file(self) -> Path: ...
 
 
-class App(Protocol):
+class App(Application, Protocol):
     """What `service.app.build` returns."""
 
     @property
-    def asgi(self) -> Callable[..., Any]: ...
-
-    @property
     def engine(self) -> EngineControl: ...
-
-    @property
-    def protocol(self) -> type[asyncio.Protocol]:
-        """Uvicorn's httptools protocol, with bounds."""
 
     def open(self) -> DevelopmentKey | None:
         """Make ready what must be before the first request. Blocks. Raises ConfigurationError."""
@@ -103,37 +94,38 @@ def run(
     Raises ConfigurationError for what only shows when it is used, such as a certificate.
     """
     try:
-        listener = listen(settings.server)
-    except OSError as error:
-        where = f"{settings.server.host}:{settings.server.port}"
-        sys.stderr.write(f"mlxd: cannot listen on {where}: {error.strerror or error}\n")
+        sockets = listen(settings)
+    except CannotListen as error:
+        sys.stderr.write(f"mlxd: {error}\n")
         return EX_CANNOT_LISTEN
     if leave is None:
         leave = leave_now
     app = (build or _build)(settings)
-    server = Server(_uvicorn_config(settings, app))
-    console = Console(
-        sys.stdout,
-        host=settings.server.host,
-        port=listener.getsockname()[1],
-        tls=settings.server.tls_certificate is not None,
-        credential=_credential(settings, app.open()),
-    )
-    process = Process(server, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
-    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        return runner.run(process.run(listener))
+    listeners = Listeners(settings, app, sockets)
+    console = _console(settings, sockets, _credential(settings, app.open()))
+    process = Process(listeners, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
+    with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
+        return runner.run(process.run())
 
 
 def leave_now(code: int) -> NoReturn:
-    """End the process with `code`, what was written flushed, without the interpreter's own finalisation.
+    """End the process with `code`, without the interpreter's own finalisation; what is written is flushed, for as
+    long as somebody takes it.
 
     mlx's thread-local compile cache asks for the interpreter while it finalises, and the process aborts: seen
     with mlx 0.32.4 on Python 3.11 at every fifth clean stop (`Thread.join` returns before they are destroyed).
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flushing = threading.Thread(target=_flush, name="flush", daemon=True)
+    flushing.start()
+    flushing.join(LEAVE_TIMEOUT)
     os._exit(code)
+
+
+def _flush() -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            stream.flush()
 
 
 def _build(settings: Settings) -> App:
@@ -142,21 +134,19 @@ def _build(settings: Settings) -> App:
     return build(settings)
 
 
-def listen(settings: ServerSettings) -> socket.socket:
-    """A listening socket on the configured address. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(settings.backlog)  # only listening takes the port: two may bind it with SO_REUSEADDR
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
+def _console(settings: Settings, sockets: Sockets, credential: Credential | None) -> Console:
+    """Tells the addresses as they came to be: a port that was 0 has a number now."""
+    server, ops = settings.server, settings.ops
+    tls = server.tls_certificate is not None
+    operators = None
+    if ops.address is not None and sockets.ops is not None:
+        operators = url(ops.address[0], sockets.ops.getsockname()[1], tls=tls and not ops.loopback)
+    return Console(
+        sys.stdout,
+        url=url(server.host, sockets.public.getsockname()[1], tls=tls),
+        ops=operators,
+        credential=credential,
+    )
 
 
 def _credential(settings: Settings, key: DevelopmentKey | None) -> Credential | None:
@@ -166,48 +156,19 @@ def _credential(settings: Settings, key: DevelopmentKey | None) -> Credential | 
     return OWN_KEY if key is None else Credential(key.text, f"$(cat {shlex.quote(str(key.file))})")
 
 
-def _uvicorn_config(settings: Settings, app: App) -> uvicorn.Config:
-    tls = tls_context(settings.server)
-    return uvicorn.Config(
-        app.asgi,
-        interface="asgi3",
-        http=app.protocol,
-        ws="none",
-        loop="auto",  # uvloop where it is installed
-        lifespan="on",
-        backlog=settings.server.backlog,
-        timeout_keep_alive=round(settings.http.idle_timeout),
-        timeout_graceful_shutdown=FLUSH_TIMEOUT,
-        access_log=False,
-        log_config=None,
-        log_level="warning",  # its milestones are ours too, and better told
-        server_header=False,
-        proxy_headers=False,
-        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
-    )
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server without its signal handling, which closes the listener first and dies by the signal."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 class Process:
-    """One run of the service, from a listening socket to an exit code."""
+    """One run of the service, from listening sockets to an exit code."""
 
     def __init__(
         self,
-        server: Server,
+        listeners: Listeners,
         engine: EngineControl,
         console: Console,
         *,
         drain_timeout: float,
         leave: Callable[[int], object],
     ) -> None:
-        self._server = server
+        self._listeners = listeners
         self._engine = engine
         self._console = console
         self._drain_timeout = drain_timeout
@@ -215,18 +176,16 @@ class Process:
         self._draining: asyncio.Task[None] | None = None
         self._exit_code = os.EX_OK
 
-    async def run(self, listener: socket.socket) -> int:
-        """Serve on `listener` until a signal or a failed engine ends it; returns the exit code."""
-        _log.info("listening", url=self._console.url)
+    async def run(self) -> int:
+        """Serve until a signal or a failed engine ends it; returns the exit code."""
+        _log.info("listening", url=self._console.url, ops=self._console.ops)
         with self._signals():
             await self._engine.start()
             beside = [
                 asyncio.create_task(self._console.follow(self._engine.status), name="console"),
                 asyncio.create_task(self._end_with_engine(), name="end-with-engine"),
             ]
-            try:
-                await self._server.serve(sockets=[listener])
-            except SystemExit:  # uvicorn's way to say that the application's start-up failed; it has logged why
+            if not await self._listeners.serve():
                 self._exit_code = os.EX_SOFTWARE
             for task in beside:
                 task.cancel()
@@ -247,7 +206,7 @@ class Process:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._draining is not None or self._server.should_exit:
+        if self._draining is not None or self._listeners.closing:
             _log.warning("forced_exit", signal=number.name)
             self._leave(128 + number)
             return
@@ -256,14 +215,14 @@ class Process:
         self._console.draining(self._engine.status(), self._drain_timeout)
 
     async def _drain(self) -> None:
-        """Let running work end while the listener still answers 503 to new work; then let uvicorn go."""
+        """Let running work end while the listeners still answer 503 to new work; then close them."""
         try:
             async with asyncio.timeout(self._drain_timeout + FLUSH_TIMEOUT):
                 await self._engine.drain(self._drain_timeout)
         except TimeoutError:
             _log.error("drain_overdue", timeout=self._drain_timeout)
         finally:
-            self._server.should_exit = True
+            self._listeners.close()
 
     async def _end_with_engine(self) -> None:
         """When the engine is lost, let the answers that it left behind go out, then end with its code."""
@@ -271,7 +230,7 @@ class Process:
         missing = isinstance(self._engine.failure, ModelUnavailable)
         self._exit_code = os.EX_UNAVAILABLE if missing else os.EX_SOFTWARE
         self._console.failed(self._engine.status())
-        self._server.should_exit = True
+        self._listeners.close()
 
     async def _stop(self) -> None:
         try:

@@ -1,20 +1,22 @@
 """What every kind of test shares: counts that `make soak` raises, loud skips, and no configuration from outside."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings as hypothesis_settings
 
 from service.engine.models import resolve
+from service.observability.logging import QueuedHandler
 from tests.tiny import make_tiny_llama
 
 pytest_plugins = ["tests.real_model", "tests.databases"]
 ROOT = Path(__file__).parent.parent
-WHOLE_SERVICES = {"conformance", "faults", "integration", "load"}
 COUNTS = pytest.StashKey[dict[str, int]]()
 
 hypothesis_settings.register_profile("normal", deadline=None, database=None)
@@ -28,15 +30,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = {}
     hypothesis_settings.load_profile("full" if config.getoption("full_counts") else "normal")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest's own selection by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole services, and those with the real model, run `alone`; others say so themselves."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in WHOLE_SERVICES or item.get_closest_marker("real_model"):
-            item.add_marker("alone")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -94,6 +87,22 @@ def need_command() -> Callable[[str, str], str]:
 def _no_outside_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.upper().startswith("MLXD_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """What a test, or a command that it ran in this process, did to logging ends with it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    ours = [handler for handler in root.handlers if isinstance(handler, QueuedHandler)]
+    for handler in ours:
+        root.removeHandler(handler)
+        handler.flush()
+        handler.close()
+    if ours:
+        structlog.reset_defaults()
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

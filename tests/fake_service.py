@@ -114,6 +114,10 @@ class FakeApp:
     def open(self) -> None:
         """There is nobody to ask for a key here."""
 
+    @property
+    def operations(self) -> Any:
+        return self.asgi
+
     async def asgi(self, scope: dict[str, Any], receive: Callable[[], Awaitable[dict[str, Any]]], send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
@@ -163,6 +167,7 @@ def main(state_dir: str, *options: str) -> int:
             "server.port": int(values.pop("port", "0")),
             "server.state_dir": Path(state_dir),
             "auth.enabled": False,
+            "ops.bind": values.pop("ops", "127.0.0.1:0"),
             "engine.drain_timeout": drain_timeout,
         },
     )

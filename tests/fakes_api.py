@@ -49,6 +49,7 @@ class FakeInfo:
     name: str = NAMES[0]
     context_length: int = 2048
     batchable: bool = True
+    device: str = "cpu"
 
 
 class FakeEngine:

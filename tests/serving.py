@@ -18,14 +18,14 @@ from typing import Any
 
 import httpx
 
-from service import serve
 from service.app import App, build
 from service.auth.api_keys import IssuedKey, Operator
 from service.auth.key_spec import KeySpec
 from service.auth.pepper import Peppers, pepper_file
 from service.engine.backend import Backend
 from service.engine.engine import EngineState
-from service.settings import Settings
+from service.listening import Listeners, listen
+from service.settings import OpsSettings, Settings
 from service.storage.database import Database
 
 START_TIMEOUT = 120
@@ -53,6 +53,8 @@ class Served:
     url: str
     app: App
     loop: asyncio.AbstractEventLoop
+    ops_url: str
+    """The operator's listener."""
 
     def generate(self, prompt: str, **more: Any) -> dict[str, Any]:
         """One greedy `/generate`, whole."""
@@ -104,7 +106,12 @@ def started(state_dir: Path, *, timed: bool = False, folder: str | None = None, 
     coverage. `folder` is the one that it is started in.
     """
     outside = {name: value for name, value in os.environ.items() if not (timed and name.startswith("COVERAGE_"))}
-    ours = {"MLXD_MODEL__REFERENCE": "demo", "MLXD_SERVER__STATE_DIR": str(state_dir), "MLXD_AUTH__ENABLED": "false"}
+    ours = {
+        "MLXD_MODEL__REFERENCE": "demo",
+        "MLXD_SERVER__STATE_DIR": str(state_dir),
+        "MLXD_AUTH__ENABLED": "false",
+        "MLXD_OPS__BIND": "127.0.0.1:0",
+    }
     command = [sys.executable, "-m", "service", "serve", "--port", "0"]
     with (
         tempfile.NamedTemporaryFile("wb", suffix=".log") as log,
@@ -137,33 +144,37 @@ def process(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterat
 
 @contextmanager
 def served(settings: Settings, backend: Backend | None = None) -> Iterator[Served]:
-    """Run the service until the block ends; it is ready (or failed) when the block begins."""
-    listener = serve.listen(settings.server)
+    """Run the service until the block ends, with an operator's listener on a free port; it is ready (or failed) when
+    the block begins."""
+    settings = settings.model_copy(update={"ops": OpsSettings(bind="127.0.0.1:0")})
+    sockets = listen(settings)
+    assert sockets.ops is not None
     app = build(settings, backend)
-    server = serve.Server(serve._uvicorn_config(settings, app))
+    listeners = Listeners(settings, app, sockets)
     ready = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
         await app.engine.start()
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving = asyncio.create_task(listeners.serve())
         await app.engine.wait(EngineState.READY, EngineState.FAILED)
         ready.set()
-        await serving
+        assert await serving
         await app.engine.stop()
 
     def own_loop() -> None:
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
             runner.run(main())
 
     thread = threading.Thread(target=own_loop, name="service")
+    public, ops = (f"127.0.0.1:{each.getsockname()[1]}" for each in (sockets.public, sockets.ops))
     thread.start()
     try:
         assert ready.wait(START_TIMEOUT)
         scheme = "https" if settings.server.tls_certificate else "http"
-        yield Served(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", app, loops[0])
+        yield Served(f"{scheme}://{public}", app, loops[0], f"http://{ops}")
     finally:
-        server.should_exit = True
+        listeners.close()
         thread.join(60)
         assert not thread.is_alive()

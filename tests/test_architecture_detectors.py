@@ -52,6 +52,7 @@ def test_imports_that_point_down_are_no_findings() -> None:
         ("api/health.py", "import httptools"),
         ("auth/api_keys.py", "from jose import jwt"),
         ("auth/api_keys.py", "import sqlite3"),
+        ("app.py", "from opentelemetry import trace"),
         ("api/rate.py", "from limits.strategies import MovingWindowRateLimiter"),
         ("app.py", "__import__('sqlalchemy')"),
     ],

@@ -166,8 +166,17 @@ async def _until_disconnect(receive: Receive) -> None:
 def note_record(line: dict[str, Any], record: RequestRecord) -> None:
     """Add what the request cost, and how it ended, to its log `line`."""
     line.update(
+        model=record.model,
+        stream=record.stream,
+        finish_reason=record.finish_reason,
         prompt_tokens=record.prompt_tokens,
         cached_tokens=record.cached_tokens,
         completion_tokens=record.completion_tokens,
-        finish_reason=record.finish_reason,
     )
+    times = {
+        "queue_ms": record.queue_seconds,
+        "prefill_ms": record.prefill_seconds,
+        "ttft_ms": record.time_to_first_token,
+        "tpot_ms": record.time_per_output_token,
+    }
+    line.update({name: round(seconds * 1000, 2) for name, seconds in times.items() if seconds is not None})

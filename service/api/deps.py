@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from fastapi import Depends, Request
 
 from service.api.errors import ErrorRenderer
+from service.api.scraper import Scraper
 from service.auth.access_control import AccessControl
 from service.auth.grant import Grant
 from service.auth.principal import Principal, Scope
@@ -23,7 +24,11 @@ from service.inference import Inference
 from service.limits.limiter import Limits, Standing
 from service.limits.usage_report import UsageReports
 from service.observability.metrics import Metrics
+from service.observability.token_rate import TokenRate
 from service.settings import Settings
+
+if TYPE_CHECKING:  # it needs an extra
+    from service.observability.tracing import RequestTrace
 
 
 class AppState(TypedDict):
@@ -36,6 +41,8 @@ class AppState(TypedDict):
     errors: ErrorRenderer
     access: AccessControl
     limits: Limits
+    scraper: Scraper
+    token_rate: TokenRate
     usage: UsageReports | None
     """None where no usage is kept."""
     new_id: Callable[[], str]
@@ -50,6 +57,8 @@ class RequestState(AppState):
     request_id: str
     line: dict[str, Any]
     """Fields for the request's one log line."""
+    trace: RequestTrace | None
+    """Its span; None where none is kept."""
     grant: Grant
     """Who is asking; absent on public paths."""
     standing: Standing

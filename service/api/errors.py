@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from service.errors import InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 
@@ -71,21 +72,30 @@ class ErrorRenderer:
     def install(self, app: FastAPI) -> None:
         """Make `app` answer each error it knows in this form."""
 
-        async def service_error(_: Request, error: Exception) -> Response:
+        def answer(request: Request, error: ServiceError, extra: Iterable[Header] = ()) -> Response:
+            note(error, request.scope)
+            return self.response(error, extra)
+
+        async def service_error(request: Request, error: Exception) -> Response:
             assert isinstance(error, ServiceError)
-            return self.response(error)
+            return answer(request, error)
 
-        async def http_error(_: Request, error: Exception) -> Response:
+        async def http_error(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
-            return self.response(from_http(error), (error.headers or {}).items())
+            return answer(request, from_http(error), (error.headers or {}).items())
 
-        async def validation_error(_: Request, error: Exception) -> Response:
+        async def validation_error(request: Request, error: Exception) -> Response:
             assert isinstance(error, RequestValidationError)
-            return self.response(from_validation(error.errors(), error.body))
+            return answer(request, from_validation(error.errors(), error.body))
 
         app.add_exception_handler(ServiceError, service_error)
         app.add_exception_handler(HTTPException, http_error)
         app.add_exception_handler(RequestValidationError, validation_error)
+
+
+def note(error: ServiceError, scope: Scope) -> None:
+    """Name the error in the request's log line."""
+    scope["state"]["line"]["error"] = error.code
 
 
 def _error_type(status: int) -> str:

@@ -32,25 +32,26 @@ class Readiness(TypedDict):
     step_age_seconds: float | None
 
 
-def _loaded(engine: Engine) -> bool:
+def loaded(engine: Engine) -> bool:
+    """Whether there is a model that work could run on."""
     return engine.info is not None and engine.state not in (EngineState.FAILED, EngineState.STOPPED)
 
 
-def _reasons(state: RequestState, status: EngineStatus) -> list[str]:
+def reasons(state: RequestState, status: EngineStatus) -> list[str]:
     """What keeps requests from being served; nothing when they are."""
-    reasons = []
+    found = []
     if status.state is not EngineState.READY:
-        reasons += [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
+        found += [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
     if not state["access"].ready():
-        reasons.append("credentials cannot be verified: the storage was not reached yet")
-    return reasons
+        found.append("credentials cannot be verified: the storage was not reached yet")
+    return found
 
 
 async def health(engine: EngineDep, state: StateDep) -> Response:
     """200 when requests would be served, else 503 with the same two fields."""
-    ready = not _reasons(state, engine.status())
+    ready = not reasons(state, engine.status())
     waiting_for = engine.state.value if engine.state is not EngineState.READY else "storage"
-    body: Health = {"status": "ok" if ready else waiting_for, "model_loaded": _loaded(engine)}
+    body: Health = {"status": "ok" if ready else waiting_for, "model_loaded": loaded(engine)}
     return JSONResponse(body, 200 if ready else 503)
 
 
@@ -62,18 +63,18 @@ async def livez() -> Response:
 async def readyz(engine: EngineDep, state: StateDep) -> Response:
     """The engine's state, and what keeps the service from being ready."""
     status = engine.status()
-    reasons = _reasons(state, status)
+    why_not = reasons(state, status)
     body: Readiness = {
-        "ready": not reasons,
+        "ready": not why_not,
         "state": status.state.value,
-        "reasons": reasons,
-        "model_loaded": _loaded(engine),
+        "reasons": why_not,
+        "model_loaded": loaded(engine),
         "batching": None if engine.info is None else engine.info.batchable,
         "running": status.running,
         "waiting": status.waiting,
         "step_age_seconds": status.step_age,
     }
-    return JSONResponse(body, 503 if reasons else 200)
+    return JSONResponse(body, 503 if why_not else 200)
 
 
 async def root() -> Response:

@@ -63,6 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._most = self.limit_concurrency
+        self.limit_concurrency = None  # uvicorn refuses in plain text, and only who has sent a request
         self._current: RequestResponseCycle | None = None
         self._refusal: ServiceError | None = None
         self._head_bytes = 0
@@ -77,6 +79,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._most is not None and len(self.connections) > self._most:
+            self.policy.metrics.http_refused.labels("too_many_connections").inc()
+            transport.abort()  # an answer would hold the connection, and with it a file, for longer
         self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.answer import ClientGone, Deltas, Shape, WholeAnswer, while_connected
 from service.api.deps import RequestState
-from service.api.errors import ErrorRenderer
+from service.api.errors import ErrorRenderer, note
 from service.engine.generation import Generation
 from service.errors import ServiceError
 from service.settings import HttpSettings
@@ -82,7 +82,7 @@ class EventStream(Response):
                     break
                 arrived, payloads = await self._deltas.next(keepalive), []
         except ServiceError as error:
-            scope["state"]["line"]["error"] = error.code
+            note(error, scope)
             await self._stack.aclose()
             await self._write(send, event(self._errors.envelope(error)), more=False)
             return

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from service.auth.authenticator import Authenticator
 from service.auth.denial_store import DatabaseDenialStore
 from service.auth.denied import DenyList
 from service.auth.failure_audit import AuthFailure, FailureAudit
-from service.auth.jwt import TokenVerifier
+from service.auth.jwt import Issuer, TokenVerifier
 from service.auth.key_sets import KeySet, open_issuer
 from service.auth.key_store import DatabaseKeyStore
 from service.auth.keyring import POLL_INTERVAL, KeyRing
@@ -49,7 +50,11 @@ CLOSE_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessControl:
-    """What the API asks. Belongs to the event loop's thread. `ready` tells whether a credential could be verified."""
+    """What the API asks. Belongs to the event loop's thread.
+
+    `ready` tells whether a credential could be verified, `storage_up` whether storage answers at the moment; None
+    where there is none.
+    """
 
     authenticator: Authenticator
     running: RunningGrants
@@ -57,6 +62,8 @@ class AccessControl:
     storage: Storage
     peppers: Peppers
     ready: Callable[[], bool]
+    storage_up: Callable[[], bool | None] = lambda: None
+    issuers: Sequence[Issuer] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,16 @@ class DevelopmentKey:
 
 
 class Telemetry:
-    """Counts what verification did not foresee."""
+    """Counts what verification did not foresee, and how looks at an issuer's keys end."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def internal_error(self, where: str) -> None:
         self._metrics.internal_errors.labels(where).inc()
+
+    def key_set(self, issuer: str, outcome: str) -> None:
+        self._metrics.jwks_refreshes.labels(issuer, outcome).inc()
 
 
 class AccessService:
@@ -94,7 +104,7 @@ class AccessService:
         path = pepper_file(auth, folder)
         # Where nobody is asked nothing is kept, so this one is never used.
         self._peppers = Peppers.open(path) if auth.enabled else Peppers(path, {1: secrets.token_bytes(SECRET_BYTES)})
-        self._issuers = [open_issuer(each) for each in auth.issuers]
+        self._issuers = [open_issuer(each, partial(self._telemetry.key_set, each.name)) for each in auth.issuers]
         store = DatabaseKeyStore(self._database)
         self._keys = KeyRing(store, self._peppers, touch=store.touch, stale_for=auth.stale_for, now=now)
         self._denials = DenyList(DatabaseDenialStore(self._database), stale_for=auth.stale_for, now=now)
@@ -107,6 +117,8 @@ class AccessService:
             storage=self._database,
             peppers=self._peppers,
             ready=lambda: self._prepared or not auth.enabled,
+            storage_up=lambda: self._keys.reached if auth.enabled else None,
+            issuers=tuple(self._issuers),
         )
         self._keys.on_change(self.control.running.recheck)
         self._denials.on_change(self.control.running.recheck)

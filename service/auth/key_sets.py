@@ -31,6 +31,10 @@ URL_RETRY = 30.0
 MIN_SECRET_BYTES = 32
 
 
+def unheard(outcome: str) -> None:
+    """Nobody counts."""
+
+
 class Source(Protocol):
     """Where a key set comes from."""
 
@@ -41,7 +45,7 @@ class Source(Protocol):
 class KeySet:
     """The keys of one source. `interval` and `retry` are seconds; `clock` is monotonic, `jitter` within [0, 1).
 
-    Belongs to the event loop's thread.
+    `on_load` is told how each look at the source ended, `success` or `failure`. Belongs to the event loop's thread.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class KeySet:
         *,
         interval: float,
         retry: float,
+        on_load: Callable[[str], object] = unheard,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -60,6 +65,7 @@ class KeySet:
         self._algorithms = algorithms
         self._interval = interval
         self._retry = retry
+        self._on_load = on_load
         self._clock = clock
         self._jitter = jitter
         self._keys = ParsedKeys()
@@ -112,9 +118,12 @@ class KeySet:
             if document is not None:
                 self._replace(await asyncio.to_thread(parse_key_set, document, self._algorithms))
             elif self._error is not None:
-                return  # what was wrong with it still is
+                self._on_load("failure")  # what was wrong with it still is
+                return
             self._fresh_at = began
+            self._on_load("success")
         except KeySetError as error:
+            self._on_load("failure")
             if self._error != str(error):
                 self._error = str(error)
                 log.warning("issuer_keys_unavailable", issuer=self._issuer, error=self._error)
@@ -180,8 +189,11 @@ class FileSource:
         return document
 
 
-def open_issuer(settings: IssuerSettings) -> Issuer:
-    """An issuer with its keys, not yet asked for. Raises ConfigurationError for a secret or authority it cannot use."""
+def open_issuer(settings: IssuerSettings, on_load: Callable[[str], object] = unheard) -> Issuer:
+    """An issuer with its keys, not yet asked for. Raises ConfigurationError for a secret or authority it cannot use.
+
+    `on_load` as in KeySet.
+    """
     if settings.secret_file is not None:
         return Issuer(settings, SecretKey(read_secret(settings)))
     if settings.jwks_file is not None:
@@ -191,7 +203,8 @@ def open_issuer(settings: IssuerSettings) -> Issuer:
         tls = tls_context(settings.jwks_ca_file)
         source = HttpsSource(settings.jwks_url, tls=tls, allow_private=settings.allow_private_addresses)
         interval, retry = float(settings.jwks_ttl), URL_RETRY
-    return Issuer(settings, KeySet(settings.name, source, settings.algorithms, interval=interval, retry=retry))
+    keys = KeySet(settings.name, source, settings.algorithms, interval=interval, retry=retry, on_load=on_load)
+    return Issuer(settings, keys)
 
 
 def read_secret(settings: IssuerSettings) -> bytes:

@@ -27,7 +27,7 @@ from service.auth.key_format import PREFIX, MalformedKey, ParsedKey, parse
 from service.auth.last_used import FLUSH_INTERVAL, LastUsed, Touch
 from service.auth.pepper import Peppers
 from service.auth.principal import Principal, Scope
-from service.auth.snapshot import KeyStore, Snapshot
+from service.auth.snapshot import POLL_TIMEOUT, KeyStore, Snapshot
 from service.errors import CredentialRevoked, ServiceError, StorageUnavailable, Unauthorized
 from service.observability.logging import get_logger
 from service.settings import ConfigurationError
@@ -96,6 +96,11 @@ class KeyRing:
         self._compare = compare
         self._stand_in = secrets.token_bytes(32)
         self._networks: dict[tuple[str, ...], tuple[Network, ...]] = {}
+
+    @property
+    def reached(self) -> bool:
+        """Whether the store answered the last polls."""
+        return self._snapshot.fresh_within(POLL_TIMEOUT + 2 * self._poll_interval)
 
     async def run(self) -> None:
         """Follow the store and write last uses until cancelled."""

@@ -23,13 +23,15 @@ def load_settings(context: typer.Context, overrides: Mapping[str, Any] | None = 
 
 
 def prepare(settings: Settings) -> None:
-    """What must be true of the process before mlx is imported."""
-    from service.observability.logging import configure
-    from service.settings import private_tmpdir
+    """What must be true of the process before mlx and fastapi are imported."""
+    from service.observability.logging import configure, log_uncaught
+    from service.settings import forget_outside_telemetry, private_tmpdir
 
     with explained():
         private_tmpdir(settings.server.state_dir)
-    configure(level=settings.log.level, fmt=settings.log.format)
+    forget_outside_telemetry()
+    configure(level=settings.log.level, fmt=settings.log.format, queue_lines=settings.log.queue_lines)
+    log_uncaught()
 
 
 @contextmanager
@@ -49,14 +51,17 @@ def explained() -> Iterator[None]:
 def with_storage(context: typer.Context) -> Iterator[Settings]:
     """The settings, with logging set up and every failure of storage told in one line."""
     from service.errors import InvalidRequest, StorageUnavailable
-    from service.observability.logging import configure
+    from service.observability.logging import configure, flush
     from service.storage.failures import Reason, StorageFailure
 
     settings = load_settings(context)
-    configure(level=settings.log.level, fmt=settings.log.format)
+    configure(level=settings.log.level, fmt=settings.log.format, queue_lines=settings.log.queue_lines)
     try:
         with explained():
-            yield settings
+            try:
+                yield settings
+            finally:
+                flush()  # the log before the last word
     except InvalidRequest as error:
         typer.echo(f"mlxd: {error.message}", err=True)
         raise typer.Exit(2) from None

@@ -72,13 +72,16 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes, as mlx counts them; of `active`, finished prompts keep `prefix_cache`, and the buffers of the
-    rows that decode have `batch`, spare places included."""
+    """Bytes, as mlx counts them; of `active`, finished prompts keep `prefix_cache` (of `prefix_capacity` at most), and
+    the buffers of the rows that decode have `batch`, spare places included. The device recommends to stay below
+    `recommended`; None where none says so."""
 
     active: int = 0
     peak: int = 0
     buffer_cache: int = 0
+    recommended: int | None = None
     prefix_cache: int = 0
+    prefix_capacity: int = 0
     prefix_entries: int = 0
     batch: int = 0
 

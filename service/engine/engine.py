@@ -55,8 +55,8 @@ class EngineState(StrEnum):
 class EngineStatus:
     """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason.
 
-    While it loads and warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is
-    unknown).
+    `held` rows are not given back; those that run are promised `reserved` bytes of `budget`. While it loads and
+    warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is unknown).
     """
 
     state: EngineState
@@ -65,6 +65,9 @@ class EngineStatus:
     total: int = 0
     waiting: int
     running: int
+    held: int = 0
+    reserved: int = 0
+    budget: int = 0
     step_age: float | None
     memory: MemoryUse
 
@@ -104,6 +107,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """A snapshot; cheap."""
         worker = self._worker
+        held, reserved = worker.books() if worker else (0, 0)
         return EngineStatus(
             state=self._state,
             detail=self._detail,
@@ -111,6 +115,9 @@ class Engine:
             total=self._total,
             waiting=worker.waiting if worker else 0,
             running=worker.running if worker else 0,
+            held=held,
+            reserved=reserved,
+            budget=self.info.memory.budget if self.info else 0,
             step_age=self.clock() - worker.last_step if worker and worker.running else None,
             memory=worker.memory if worker else MemoryUse(),
         )
@@ -219,11 +226,13 @@ class Engine:
             self._backend.close()
 
     def _serve(self) -> None:
-        info = self.info = self._backend.load(self._report_loading)
+        with self._telemetry.loading():
+            info = self.info = self._backend.load(self._report_loading)
         self._report(EngineState.WARMING, "warming up")
-        self._backend.warm_up(
-            lambda what, done, total: self._report(EngineState.WARMING, f"{what} ({done}/{total})", done, total)
-        )
+        with self._telemetry.warming():
+            self._backend.warm_up(
+                lambda what, done, total: self._report(EngineState.WARMING, f"{what} ({done}/{total})", done, total)
+            )
         self._worker = Worker(
             self._backend,
             info,

@@ -29,6 +29,8 @@ class Job:
     lock: AbstractContextManager[Any]
     telemetry: Telemetry
     cancelled: bool = False
+    token_at: float = 0.0
+    """When the last token was there."""
 
     @property
     def request(self) -> GenerationRequest:
@@ -90,13 +92,16 @@ class Job:
         token comes back what the prefix cache had of it."""
         return 1 if self.meter.completion_tokens else 1 - self.meter.cached_tokens
 
-    def advance(self, token: Token) -> tuple[str, FinishReason | None]:
-        """Take one token: (text now certain, how the generation ended by it).
+    def advance(self, token: Token, now: float) -> tuple[str, FinishReason | None]:
+        """Take one token, which is there since `now`: (text now certain, how the generation ended by it).
 
         An end-of-sequence token has no text; a stop string ends a row that the backend still runs.
         """
         if self.meter.first_token_at is None:
-            self.meter.first_token_at = self.clock()
+            self.meter.first_token_at = now
+        else:
+            self.telemetry.gap(now - self.token_at)
+        self.token_at = now
         self.meter.completion_tokens += 1
         ended = token.finish_reason
         text, stopped = ("", False) if ended is FinishReason.STOP else self.text.add(token.token)

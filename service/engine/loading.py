@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
+from service.engine.backend import MemoryUse
 from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
@@ -105,12 +106,27 @@ def _vocab_size(model: Any) -> int:
     return int(logits.shape[-1])
 
 
-def working_set() -> int:
-    """Bytes that weights and caches together may use on this device."""
+def memory_use() -> MemoryUse:
+    """mlx's own counters, and what the device recommends."""
+    return MemoryUse(
+        active=mx.get_active_memory(),
+        peak=mx.get_peak_memory(),
+        buffer_cache=mx.get_cache_memory(),
+        recommended=recommended_bytes(),
+    )
+
+
+def recommended_bytes() -> int | None:
+    """What a GPU recommends to stay below (Metal), or has (CUDA); None on a CPU."""
     info = mx.device_info()
     recommended = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
-    if recommended and mx.default_device() != mx.Device(mx.cpu):
-        return int(int(recommended) * BUDGET_SHARE)
+    return int(recommended) if recommended and mx.default_device() != mx.Device(mx.cpu) else None
+
+
+def working_set() -> int:
+    """Bytes that weights and caches together may use on this device."""
+    if (recommended := recommended_bytes()) is not None:
+        return int(recommended * BUDGET_SHARE)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE)
 
 
@@ -143,6 +159,10 @@ def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
 
 PROBE = KV_STEP + 1
 """Positions of a measuring chunk: the first number for which a cache needs its second step."""
+
+CPU_PROBE = 65
+"""The same for activations on a CPU, where a chunk of `PROBE` takes a second. Overstates them: what a forward pass
+takes once is shared by fewer positions (275 kB a position of the demo model, where 257 positions say 175)."""
 
 PROBE_SECONDS = 0.2
 """Measuring goes on to chunks twice as large while two of them take less."""
@@ -186,7 +206,7 @@ def _activations(loaded: LoadedModel, largest: int, *, masked: bool) -> Activati
 
     Small chunks understate: a GPU has several layers' buffers alive at once, and other kernels for them.
     """
-    size = PROBE
+    size = PROBE if mx.default_device() != mx.Device(mx.cpu) else CPU_PROBE
     first, second, seconds = _two_chunks(loaded, size, masked=masked)
     if mx.default_device() != mx.Device(mx.cpu):  # the first use of a size compiles its kernels
         first, second, seconds = _two_chunks(loaded, size, masked=masked)

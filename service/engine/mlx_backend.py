@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, next_cohort
 from service.engine.decode_batch import DecodeBatch
-from service.engine.loading import LoadedModel, Report, load_model, measure_memory, unheard
+from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowProcessors, Samplers
@@ -78,7 +78,7 @@ class MlxBackend:
             batchable=all(hasattr(layer, "merge") for layer in self.fresh_cache()),
             memory=memory,
             tokenizer=loaded.tokenizer,
-            device=str(mx.default_device()),
+            device=mx.default_device().type.name,
         )
         self.samplers = Samplers(vocab_size=loaded.vocab_size)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
@@ -279,11 +279,10 @@ class MlxBackend:
 
     def memory(self) -> MemoryUse:
         """mlx's own counters and the prefix cache's."""
-        return MemoryUse(
-            active=mx.get_active_memory(),
-            peak=mx.get_peak_memory(),
-            buffer_cache=mx.get_cache_memory(),
+        return replace(
+            memory_use(),
             prefix_cache=self._prefixes.nbytes,
+            prefix_capacity=self._prefixes.capacity,
             prefix_entries=len(self._prefixes),
             batch=self._decode.nbytes if self._decode else 0,
         )

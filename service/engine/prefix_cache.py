@@ -30,6 +30,11 @@ class PrefixCache:
         self._tenants: OrderedDict[str, LRUPromptCache] = OrderedDict()
 
     @property
+    def capacity(self) -> int:
+        """Most bytes that it ever holds."""
+        return self._cap
+
+    @property
     def nbytes(self) -> int:
         return sum(tenant.nbytes for tenant in self._tenants.values())
 

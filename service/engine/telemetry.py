@@ -5,6 +5,8 @@ Only what must be counted as it happens. Gauges are read off `Engine.status` whe
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from service.engine.generation import FinishReason
 from service.observability.metrics import Metrics
 
@@ -20,6 +22,14 @@ class Telemetry:
         self._metrics.rows_capacity.set(rows)
         self._metrics.queue_capacity.set(queue)
 
+    def loading(self) -> AbstractContextManager[object]:
+        """To be held while the model is loaded."""
+        return self._metrics.model_load_seconds.time()
+
+    def warming(self) -> AbstractContextManager[object]:
+        """To be held while it is warmed up."""
+        return self._metrics.model_warmup_seconds.time()
+
     def rejected(self, reason: str) -> None:
         """A submission was refused."""
         self._metrics.admission_rejections.labels(reason).inc()
@@ -28,6 +38,17 @@ class Telemetry:
         """A row's prefill begins; so many of its tokens come from the prefix cache."""
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._metrics.prompt_tokens_cached.inc(cached_tokens)
+        self._metrics.prefix_cache_queries.inc(prompt_tokens)
+        self._metrics.prefix_cache_hits.inc(cached_tokens)
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        """A step is done, in which `rows` decoded."""
+        self._metrics.step_duration.observe(seconds)
+        self._metrics.step_rows.observe(rows)
+
+    def gap(self, seconds: float) -> None:
+        """A row has its next token, so long after the last one."""
+        self._metrics.inter_token_latency.observe(seconds)
 
     def decoded(self, tokens: int) -> None:
         """A step has sampled `tokens` for rows that somebody waits for."""

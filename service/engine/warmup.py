@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from service.engine.backend import Row
 from service.engine.batches import PrefillBatch
 from service.engine.decode_batch import DecodeBatch
@@ -76,7 +78,10 @@ class Warmup:
             self._decode_sizes([1, self._backend.max_rows], params)
         progress(stages[-1], len(stages) - 1, len(stages))
         self._backend.pacer.calibrate(costs)
-        if self._cold_rehearsal(min(2, self._backend.max_rows), costs):
+        if mx.default_device() == mx.Device(mx.cpu):
+            # Its kernels know no shapes: slower once is noise, and repeating that with all rows took minutes.
+            self._rehearse(min(2, self._backend.max_rows), *self._sizes(costs))
+        elif self._cold_rehearsal(min(2, self._backend.max_rows), costs):
             self._cold_rehearsal(1, costs)  # other kernels: one row's products are with a vector
             self._cold_rehearsal(self._backend.max_rows, costs)
         return costs
@@ -112,8 +117,7 @@ class Warmup:
 
     def _cold_rehearsal(self, rows: int, costs: StepCosts) -> bool:
         """Serve made-up requests the way real ones are until that stops getting faster; whether it was cold."""
-        prompt = _within(REHEARSAL / costs.prefill_token, 16, min(REAL_PROMPT, self._backend.info.context_length // 4))
-        output = _within(REHEARSAL / (costs.decode_base + costs.decode_row), 8, REAL_OUTPUT)
+        prompt, output = self._sizes(costs)
         first, second = self._rehearse(rows, prompt, output), self._rehearse(rows, prompt, output)
         cold = first > REHEARSED * second
         for _ in range(MOST_REPEATS):
@@ -121,6 +125,11 @@ class Warmup:
                 break
             first, second = second, self._rehearse(rows, prompt, output)
         return cold
+
+    def _sizes(self, costs: StepCosts) -> tuple[int, int]:
+        """Tokens of prompt and output of a rehearsed request."""
+        prompt = _within(REHEARSAL / costs.prefill_token, 16, min(REAL_PROMPT, self._backend.info.context_length // 4))
+        return prompt, _within(REHEARSAL / (costs.decode_base + costs.decode_row), 8, REAL_OUTPUT)
 
     def _rehearse(self, rows: int, prompt: int, output: int) -> float:
         """Seconds from the first prompt to the last token of `rows` requests, no prefix of them cached."""

@@ -139,6 +139,11 @@ class Worker:
     def running(self) -> int:
         return self._admission.running
 
+    def books(self) -> tuple[int, int]:
+        """(rows that are not given back, bytes that the running ones are promised)."""
+        with self._wake:
+            return len(self._jobs), self._admission.reserved_bytes
+
     def idle(self) -> bool:
         """Whether nothing waits, runs or is remembered. Raises AssertionError when the books disagree."""
         with self._wake:
@@ -216,8 +221,10 @@ class Worker:
             self._telemetry.internal_error("worker_step")
             self._recover()
             return StepResult()
+        seconds = self._clock() - began
         with self._wake:
-            self._foresight.rates.step(result, self._clock() - began)
+            self._foresight.rates.step(result, seconds)
+        self._telemetry.stepped(seconds, result.decode_rows)
         return result
 
     def _recover(self) -> None:
@@ -248,12 +255,12 @@ class Worker:
     def _collect(self, result: StepResult) -> list[int]:
         """Turn a step's tokens into deltas; returns the rows that a stop string ended."""
         stopped = []
-        counted = 0
+        counted, now = 0, self._clock()
         for token in result.tokens:
             if (job := self._jobs.get(token.uid)) and not job.cancelled:
                 counted += 1
                 self._admission.served(token.uid, job.cost())
-                text, reason = job.advance(token)
+                text, reason = job.advance(token, now)
                 if reason is not None:
                     self._end(token.uid, reason, Delta(text, reason, job.meter.usage()))
                     if token.finish_reason is None:

@@ -179,6 +179,16 @@ class Limits:
         if not self._quota_holds:
             self._idle.set()
 
+    @property
+    def open(self) -> int:
+        """Reservations that are not settled."""
+        return self._ledger.open
+
+    @property
+    def shared_store_up(self) -> bool | None:
+        """Whether the store that instances share is asked; None where there is none."""
+        return None if self._store is None else self._store.up
+
     def note(self, row: UsageRow) -> None:
         """Keep what a request used, once it has settled. Returns at once; written within a second."""
         if self._usage is not None:

@@ -1,43 +1,44 @@
-"""One formatter for everything that logs: structlog's events, the standard library's and uvicorn's.
+"""One way out for everything that logs: structlog's events, the standard library's and uvicorn's.
 
-Event names are snake_case and say what happened; everything else is a field. Never a prompt, an output, a
-key or a token. `configure` is called once, by the command line, before anything else runs; any thread may log.
+Event names are snake_case and say what happened; everything else is a field. Never a prompt, an output, a key or a
+token: `redaction.py` has what is done about those that get here all the same. Libraries are heard from `warning` up.
+`configure` is called once, by the command line, before anything else runs; any thread may log, and none ever waits
+for whoever reads (`log_queue.py`). What must be known at the moment of logging (the log context, an exception, the
+values) is put together there; the line is made of it on the writer's thread.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import logging.handlers
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, Literal, TextIO
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final, Literal, TextIO
 
 import structlog
-from structlog.processors import ExceptionRenderer
-from structlog.stdlib import BoundLogger, ProcessorFormatter
+from structlog.stdlib import BoundLogger
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.types import EventDict, Processor, WrappedLogger
+
+from service.observability.log_queue import END_TIMEOUT, Descriptor, LineWriter, Outlet, Stream
+from service.observability.redaction import MAX_ITEMS, cut, plain, redact, without_words
 
 Format = Literal["auto", "json", "console"]
+Level = Literal["debug", "info", "warning", "error"]
+Fields = dict[str, Any]
 
+QUEUE_LINES: Final = 4096
 
-_SECRET = re.compile(
-    r"(mlxd_[a-z][a-z0-9]{0,11}_[0-9A-Za-z]{12}_)[0-9A-Za-z]{32}_[0-9A-Za-z]{6}"
-    r"|(eyJ[0-9A-Za-z_-]{5,}\.)[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]*)?"
-)
-"""An API key and a JWT, wherever in a line they stand; what goes before the secret part is kept."""
+MAX_LINE: Final = 32 * 1024
+"""Characters of one line. Of a longer one its beginning is kept, as a text in the field `cut`."""
+MAX_FRAMES: Final = 30
 
-
-class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is when a line is written: rich puts it above a spinner that is being drawn."""
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        """The base class sets it once; there is nothing to keep."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def get_logger(name: str) -> BoundLogger:
@@ -46,28 +47,35 @@ def get_logger(name: str) -> BoundLogger:
     return logger
 
 
-def configure(*, level: str = "info", fmt: Format = "auto", stream: TextIO | None = None) -> None:
-    """Send all logging of the process through one handler on `stream` (standard error when not given).
+def configure(
+    *, level: Level = "info", fmt: Format = "auto", stream: TextIO | None = None, queue_lines: int = QUEUE_LINES
+) -> None:
+    """Send all logging of the process through one handler to `stream` (standard error when not given).
 
-    Replaces the root logger's handlers; loggers of libraries keep none of their own and propagate.
+    Replaces the root logger's handlers; loggers of libraries keep none of their own and propagate. At most
+    `queue_lines` lines wait to be written.
     """
     out = sys.stderr if stream is None else stream
     terminal = out.isatty()
     as_json = fmt == "json" or (fmt == "auto" and not terminal)
-    shared = _shared_processors()
     structlog.configure(
-        processors=[*shared, ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         wrapper_class=BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
     # Only a terminal is looked up anew: rich would take lines that go to a file to the terminal of its spinner.
-    handler = _StderrHandler() if stream is None and terminal else logging.StreamHandler(out)
-    processors = _render(as_json=as_json, colors=terminal)
-    handler.setFormatter(ProcessorFormatter(foreign_pre_chain=shared, processors=processors))
+    outlet = Stream(lambda: sys.stderr) if stream is None and terminal else _outlet(out)
     root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level.upper())
+    for former in _queued():
+        former.flush()
+        former.close()
+    root.handlers = [QueuedHandler(outlet, json.dumps if as_json else _as_console(colors=terminal), queue_lines)]
+    set_level(level)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio"):
         library = logging.getLogger(name)
         library.handlers = []
@@ -76,38 +84,166 @@ def configure(*, level: str = "info", fmt: Format = "auto", stream: TextIO | Non
     logging.getLogger("uvicorn.access").disabled = True
 
 
-def _shared_processors() -> Sequence[Processor]:
-    return (
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        _drop_uvicorn_extras,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
+def set_level(level: Level) -> None:
+    """What is logged from now on; does not survive the process. Any thread may call."""
+    logging.getLogger().setLevel(level.upper())
+
+
+def current_level() -> str:
+    """The level that is in force."""
+    return logging.getLevelName(logging.getLogger().level).lower()
+
+
+def flush() -> None:
+    """Wait until what was logged before is written, for a bounded time."""
+    for handler in _queued():
+        handler.flush()
+
+
+def lines_dropped() -> int:
+    """Lines that were dropped or could not be written since the process began."""
+    return sum(handler.writer.dropped for handler in _queued())
+
+
+def line_writer(stream: TextIO) -> Callable[[str], None]:
+    """Writes lines to `stream` as the log is written: in one order with it, and without waiting.
+
+    Before `configure` they are written at once.
+    """
+    outlet = Stream(lambda: stream) if stream.isatty() else _outlet(stream)
+
+    def write(line: str) -> None:
+        queued = _queued()
+        if queued:
+            queued[0].writer.put(lambda: f"{line}\n", outlet)
+        else:
+            outlet.write([f"{line}\n"])
+
+    return write
+
+
+def log_uncaught() -> None:
+    """Send warnings, and exceptions that nobody caught, through the log too. For a process of our own."""
+    log = get_logger(__name__)
+    logging.captureWarnings(capture=True)
+    sys.excepthook = lambda *exc_info: log.critical("uncaught_exception", exc_info=exc_info)
+    sys.unraisablehook = lambda found: log.error("unraisable_exception", exc_info=found.exc_value)
+    threading.excepthook = lambda found: log.error(
+        "uncaught_exception", thread=found.thread and found.thread.name, exc_info=found.exc_value
     )
 
 
-def _render(*, as_json: bool, colors: bool) -> Sequence[Processor]:
-    if as_json:
-        return (
-            ProcessorFormatter.remove_processors_meta,
-            # Without the frames' local variables: a prompt is one of them. structlog's own default shows them.
-            ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(),
-            _redact,
-        )
-    plain = structlog.dev.plain_traceback  # also without local variables
-    console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)
-    return (ProcessorFormatter.remove_processors_meta, console, _redact)
+class QueuedHandler(logging.handlers.QueueHandler):
+    """Takes what a line will say at the moment of logging, and hands it to the writer's thread."""
+
+    def __init__(self, outlet: Outlet, render: Callable[[Fields], str], capacity: int) -> None:
+        self.writer = LineWriter(outlet, capacity=capacity, notice=self._notice)
+        self._render = render
+        super().__init__(self.writer)  # type: ignore[arg-type]  # `enqueue` below is all that uses it
+        self._exception = ExceptionDictTransformer(show_locals=False, max_frames=MAX_FRAMES)
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        """Ours at every level; libraries from `warning` up."""
+        return (_is_ours(record) or record.levelno >= logging.WARNING) and super().filter(record)
+
+    def prepare(self, record: logging.LogRecord) -> Any:
+        """What the line says, as values that belong to nobody else."""
+        said: Mapping[str, Any]
+        if _is_ours(record):
+            said = record.msg  # type: ignore[assignment]
+        else:
+            said = {"event": _message(record), **structlog.contextvars.get_contextvars()}
+        fields = {name: plain(value) for name, value in list(said.items())[:MAX_ITEMS] if name != "exc_info"}
+        if (exc_info := _exc_info(said.get("exc_info") or record.exc_info)) is not None:
+            fields["exception"] = without_words(self._exception(exc_info))
+        about = {"timestamp": record.created, "level": record.levelname.lower(), "logger": record.name}
+        return {**about, "event": "", **fields, **about}
+
+    def enqueue(self, record: Any) -> None:
+        self.writer.put(partial(_line, self._render, record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 -- the standard library's name
+        """A line that could not be put together, as one whose arguments do not fit, is counted with the lost ones."""
+        self.writer.lose()
+
+    def flush(self) -> None:
+        """Wait until what was logged before is written, for a bounded time."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """To be flushed before, as `logging.shutdown` does: what stalls then is not waited for again."""
+        self.writer.close(END_TIMEOUT)
+        super().close()
+
+    def _notice(self, missing: int) -> str:
+        about = {"timestamp": time.time(), "level": "warning", "logger": __name__}
+        return _line(self._render, {**about, "event": "log_lines_dropped", "lines": missing})
 
 
-def _redact(_: WrappedLogger, __: str, line: Any) -> str:
-    """The last line of defence: nobody logs a credential, and if somebody does (LiteLLM #34710), it is not there."""
-    return _SECRET.sub(lambda found: f"{found[1] or found[2]}[redacted]", str(line))
+def _queued() -> list[QueuedHandler]:
+    """What `configure` installed: none before it."""
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, QueuedHandler)]
 
 
-def _drop_uvicorn_extras(_: WrappedLogger, __: str, event_dict: EventDict) -> EventDict:
-    """Drop the second, coloured copy of its message that uvicorn hands over."""
-    extras: Any = event_dict
-    extras.pop("color_message", None)
-    return event_dict
+def _outlet(stream: TextIO) -> Outlet:
+    try:
+        return Descriptor(stream.fileno())
+    except (OSError, ValueError):  # it has none, or is closed
+        return Stream(lambda: stream)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return isinstance(record.msg, dict) and hasattr(record, "_name")  # as structlog hands it over
+
+
+def _message(record: logging.LogRecord) -> str:
+    """A library's own words. asyncio adds the representation of a task, and with it what its exception says."""
+    text = record.getMessage()
+    return text.partition("\n")[0] if record.name == "asyncio" else text
+
+
+def _exc_info(given: Any) -> Any:
+    """The triple of an exception, of an event's `exc_info` in any of its forms; None where there is none."""
+    if isinstance(given, BaseException):
+        return type(given), given, given.__traceback__
+    found = given if isinstance(given, tuple) else sys.exc_info() if given else (None,)
+    return None if found[0] is None else found
+
+
+def _line(render: Callable[[Fields], str], fields: Fields) -> str:
+    at = datetime.fromtimestamp(fields["timestamp"], UTC)
+    fields["timestamp"] = at.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    line = redact(render(fields))
+    if len(line) > MAX_LINE:
+        kept = ("timestamp", "level", "logger", "event", "request_id")
+        short = {name: cut(str(fields[name]), MAX_LINE // 64) for name in kept if name in fields}
+        line = redact(render({**short, "cut": line[: MAX_LINE // 4]}))
+    return f"{line}\n"
+
+
+def _as_console(*, colors: bool) -> Callable[[Fields], str]:
+    """Lines for people; control characters are shown, not obeyed."""
+    renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+
+    def render(fields: Fields) -> str:
+        seen: Fields = {name: _visible(value) for name, value in fields.items()}
+        if isinstance(stacks := fields.get("exception"), list):
+            seen["exception"] = "\n".join(_visible(line) for line in _traceback(stacks))
+        return str(renderer(None, fields["level"], seen))
+
+    return render
+
+
+def _visible(value: Any) -> Any:
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], value) if isinstance(value, str) else value
+
+
+def _traceback(stacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """An exception in Python's form, its causes first."""
+    for stack in reversed(stacks):
+        yield "Traceback (most recent call last):"
+        for frame in stack["frames"]:
+            yield f'  File "{frame["filename"]}", line {frame["lineno"]}, in {frame["name"]}'
+        yield f"{stack['exc_type']}: {stack['exc_value']}"
+        for inner in stack.get("exceptions", ()):
+            yield from (f"  | {line}" for line in _traceback(inner))

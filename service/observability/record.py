@@ -38,7 +38,8 @@ class RequestRecord:
     has not happened.
 
     `began_at`: the route handed it over; `encoded_at`: its prompts were tokens; `submitted_at`: it was queued.
-    There is at least one row. `model` is the served model's own name.
+    There is at least one row. `model` is the served model's own name, `asked_model` the one of its names that was asked
+    for, if any.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class RequestRecord:
     submitted_at: float
     ended_at: float
     rows: tuple[RowRecord, ...]
+    asked_model: str | None = None
 
     @property
     def finish_reason(self) -> str:
@@ -84,6 +86,23 @@ class RequestRecord:
     @property
     def queue_seconds(self) -> float | None:
         return None if self.prefill_at is None else self.prefill_at - self.submitted_at
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From the beginning of the first prefill to the first token."""
+        if self.prefill_at is None or self.first_token_at is None:
+            return None
+        return self.first_token_at - self.prefill_at
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds between two tokens of a row, after its first; None where no row has two."""
+        spans = [
+            (row.ended_at - row.first_token_at, row.completion_tokens - 1)
+            for row in self.rows
+            if row.first_token_at is not None and row.completion_tokens > 1
+        ]
+        return sum(seconds for seconds, _ in spans) / sum(count for _, count in spans) if spans else None
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -31,13 +31,17 @@ from service.settings.groups import (
     EngineSettings,
     HttpSettings,
     LogSettings,
+    MetricsSettings,
     ModelSettings,
+    OpsSettings,
     ServerSettings,
     StorageSettings,
+    is_loopback,
 )
 from service.settings.issuers import IssuerSettings
 from service.settings.plans import LimitsSettings, PlanError, PlanSettings
 from service.settings.private import ConfigurationError, private_tmpdir, read_private, write_private
+from service.settings.tracing import TracingSettings, forget_outside_telemetry
 
 __all__ = [
     "AuthSettings",
@@ -48,12 +52,17 @@ __all__ = [
     "IssuerSettings",
     "LimitsSettings",
     "LogSettings",
+    "MetricsSettings",
     "ModelSettings",
+    "OpsSettings",
     "PlanError",
     "PlanSettings",
     "ServerSettings",
     "Settings",
     "StorageSettings",
+    "TracingSettings",
+    "forget_outside_telemetry",
+    "is_loopback",
     "private_tmpdir",
     "read_private",
     "write_private",
@@ -76,22 +85,31 @@ class Settings(BaseSettings):
     auth: AuthSettings = Field(default_factory=AuthSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
     limits: LimitsSettings = Field(default_factory=LimitsSettings)
+    ops: OpsSettings = Field(default_factory=OpsSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:
-        server = self.server
-        if server.loopback:
-            return self
-        if not self.auth.enabled:
-            raise ValueError("server.host: beyond loopback auth.enabled must be true")
-        if self.auth.development_key:
-            raise ValueError("auth.development_key: for loopback addresses only")
-        if server.tls_certificate is None and not server.trusted_proxies:
-            raise ValueError(
-                "server.host: beyond loopback give server.tls_certificate and server.tls_key, or "
-                "server.trusted_proxies when a proxy in front has them"
-            )
+        for key, loopback in (("server.host", self.server.loopback), ("ops.bind", self.ops.loopback)):
+            if loopback:
+                continue
+            if not self.auth.enabled:
+                raise ValueError(f"{key}: beyond loopback auth.enabled must be true")
+            if self.auth.development_key:
+                raise ValueError("auth.development_key: for loopback addresses only")
+            if self.server.tls_certificate is None and not self.server.trusted_proxies:
+                raise ValueError(
+                    f"{key}: beyond loopback give server.tls_certificate and server.tls_key, or "
+                    "server.trusted_proxies when a proxy in front has them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _two_addresses(self) -> Self:
+        if self.server.port and self.ops.address == (self.server.host, self.server.port):
+            raise ValueError("ops.bind: is the address of server.host and server.port; give it another port")
         return self
 
     @classmethod

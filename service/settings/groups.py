@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from service.settings.base import FilePath, Group, Network, OptionalFile
 from service.settings.issuers import IssuerSettings
 
+MAX_PORT = 65535
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
 
 class ServerSettings(Group):
     host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback with `auth` and TLS or a proxy.")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=MAX_PORT, description="TCP port; 0 takes a free one.")
     backlog: int = Field(1024, ge=1, le=65535, description="Connections the kernel may hold before they are accepted.")
+    max_connections: int = Field(
+        2048, ge=1, description="Most open connections; fewer where the process may not open as many files."
+    )
     allowed_hosts: tuple[str, ...] = Field(
         ("127.0.0.1", "localhost", "[::1]"), description="Host headers that are answered; `*` allows any."
     )
@@ -37,10 +51,34 @@ class ServerSettings(Group):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the address."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
+
+
+class OpsSettings(Group):
+    bind: str = Field(
+        "127.0.0.1:8001",
+        description="ADDRESS:PORT of a second listener, for operators; port 0 takes a free one, empty: none.",
+    )
+
+    @field_validator("bind")
+    @classmethod
+    def _is_an_address(cls, bind: str) -> str:
+        if bind and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:\s]+):[0-9]{1,5}", bind):
+            raise ValueError("must be ADDRESS:PORT, as 127.0.0.1:8001 or [::1]:8001")
+        if bind and int(bind.rpartition(":")[2]) > MAX_PORT:
+            raise ValueError(f"the port must be at most {MAX_PORT}")
+        return bind
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host (an IPv6 address without brackets) and port; None without a second listener."""
+        host, _, port = self.bind.rpartition(":")
+        return (host.strip("[]"), int(port)) if self.bind else None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.address is None or is_loopback(self.address[0])
 
 
 class HttpSettings(Group):
@@ -102,6 +140,16 @@ class LogSettings(Group):
     format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json` lines, `console` colours, or `auto`: console on a terminal."
     )
+    queue_lines: int = Field(
+        4096, ge=1, le=2**20, description="Most lines that wait for a slow reader; beyond it the oldest are dropped."
+    )
+
+
+class MetricsSettings(Group):
+    max_consumers: int = Field(
+        200, ge=1, le=1000, description="Most keys with series of their own in `/metrics`; the others share one."
+    )
+    vllm_aliases: bool = Field(False, description="Show series also under vLLM's names, for dashboards made for it.")
 
 
 class StorageSettings(Group):

@@ -18,6 +18,8 @@ from service.settings import Settings
 from tests.fakes import FakeBackend, letters
 from tests.serving import AMPLE, Served, served
 
+pytestmark = pytest.mark.alone
+
 GRACE = 0.1
 """Seconds beyond one step within which everything must be back."""
 

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +20,8 @@ from service.settings import Settings
 from tests.faults.test_disconnect import GRACE, leave
 from tests.serving import Served, served
 from tests.tiny import make_tiny_llama
+
+pytestmark = pytest.mark.alone
 
 CONTEXT = 32768
 ENDLESS = 16000
@@ -81,6 +83,10 @@ class Scene:
     service: Served
     backend: Watched
     resting: int
+
+    def at_rest(self) -> bool:
+        """Whether prefixes of rows that ended are kept by now, and the engine says so."""
+        return self.backend.empty() and self.service.app.engine.status().memory == self.backend.memory()
 
     def until(self, condition: Callable[[], bool], seconds: float = 30) -> float:
         """Wait for a condition; returns the seconds that it took."""
@@ -152,8 +158,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, 
 def scene(service: tuple[Served, Watched]) -> Scene:
     found, backend = service
     asyncio.run(found.settled())
+    here = Scene(found, backend, 0)
+    here.until(here.at_rest)
     backend.watch()
-    return Scene(found, backend, beside_prefixes(found))
+    return replace(here, resting=beside_prefixes(found))
 
 
 @pytest.mark.parametrize("how", ["FIN", "RST", "half-close"])

@@ -1,4 +1,5 @@
-"""A key that is planted everywhere is found nowhere: not in logs, metrics, errors, tracebacks, files."""
+"""A key, a prompt and an output that are planted everywhere are found nowhere: not in logs, metrics, answers,
+tracebacks, files, the audit log or what the process prints."""
 
 import io
 import json
@@ -16,10 +17,14 @@ from service.auth.key_format import generate
 from service.auth.principal import Scope
 from service.observability.logging import configure
 from service.settings import Settings
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, spelling
 from tests.fakes_api import Client, Service
 from tests.fakes_auth import FakeGrant, FakeVerifier
 from tests.serving import Served, bearer, make_key, served, started
+
+PROMPT = "zebra quartz prompt"
+"""With spaces: a well-formed X-Request-ID is the client's to choose, and in the log."""
+OUTPUT = "walrus onyx output"
 
 
 def secret_of(key: str) -> str:
@@ -34,9 +39,12 @@ def configured() -> Iterator[io.StringIO]:
     handlers, level, processors = list(root.handlers), root.level, structlog.get_config()
     stream = io.StringIO()
     configure(level="debug", fmt="json", stream=stream)
+    [handler] = root.handlers
     try:
         yield stream
     finally:
+        handler.flush()
+        handler.close()
         root.handlers, root.level = handlers, level
         structlog.configure(**processors)
 
@@ -87,7 +95,8 @@ def test_no_log_line_metric_answer_or_file_has_it(tmp_path: Path) -> None:
             assert secret_of(canary) not in told, answer.request.url
             assert secret_of(good.text) not in told
         metrics = httpx.get(f"{service.url}/metrics", headers=bearer(good)).text
-        logged = log.getvalue()
+        logging.getLogger("library").error("of a library: %s %r", canary, {"headers": [canary]})
+    logged = log.getvalue()
     kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert good.record.kid.encode() in kept, "the files that were read are the ones that count"
     assert good.record.kid in logged
@@ -113,8 +122,47 @@ async def test_no_traceback_has_it() -> None:
         answer = await Client(service).request("POST", "/generate", json.dumps({"prompt": canary}).encode(), headers)
     assert answer.status == 500
     assert "ValueError" in log.getvalue()
+    assert canary not in log.getvalue()
     assert secret_of(canary) not in log.getvalue()
     assert secret_of(canary) not in answer.body.decode()
+
+
+class Faults:
+    """Makes single steps of the engine fail, with a client's text in the exception."""
+
+    def __init__(self) -> None:
+        self.next: list[Exception] = []
+
+    def __call__(self, _: int) -> None:
+        if self.next:
+            raise self.next.pop()
+
+
+def test_no_prompt_and_no_output_is_in_any_sink(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    settings = Settings.load(None, {"server.port": 0, "server.state_dir": tmp_path})
+    faults = Faults()
+    with configured() as log, served(settings, FakeBackend(script=spelling(OUTPUT), before_step=faults)) as service:
+        good = make_key(settings, *Scope).text
+        with httpx.Client(base_url=service.url, headers=bearer(good)) as client:
+            for answer in plant(client, PROMPT, good):
+                assert answer.is_success or "zebra" not in f"{answer.headers} {answer.text}", answer.request.url
+            for number, words in enumerate((PROMPT, OUTPUT)):
+                spoken = client.post("/generate", json={"prompt": PROMPT, "stream": bool(number)})
+                assert "walrus" in spoken.text, "the output that is looked for is one"
+                faults.next = [KeyError(words)]
+                failed = client.post("/generate", json={"prompt": PROMPT, "stream": bool(number)})
+                assert "generation_failed" in failed.text
+                assert not any(word in failed.text for word in ("zebra", "walrus"))
+                logging.getLogger("library").error("a library failed", exc_info=ValueError(words))
+            metrics = client.get("/metrics").text
+            usage = client.get("/admin/usage").text
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    told = log.getvalue()
+    assert told.count('"step_failed"') == told.count("a library failed") == 2
+    assert told.count('"exc_type": "KeyError"') == 2
+    for sink in (told, metrics, usage, kept.decode("latin-1")):
+        assert not any(word in sink for word in ("zebra", "quartz", "walrus", "onyx"))
 
 
 def test_the_process_says_it_to_nobody_either(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -132,9 +180,15 @@ def test_the_process_says_it_to_nobody_either(tiny_model_dir: Path, tmp_path: Pa
         with httpx.Client(base_url=running.url) as client:
             for answer in plant(client, canary, good):
                 assert secret_of(canary) not in answer.text
+            for answer in plant(client, PROMPT, good):
+                assert answer.is_success or "zebra" not in f"{answer.headers} {answer.text}", answer.request.url
+            metrics = client.get("/metrics", headers=bearer(good)).content
         environment = Path(f"/proc/{running.pid}/environ")
         told = environment.read_bytes() if os.access(environment, os.R_OK) else b""
-        output = running.output.read_bytes() + told
+        output = running.output.read_bytes() + told + metrics
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert b"auth_failure" in output
     assert secret_of(canary).encode() not in output
     assert secret_of(good).encode() not in output
+    assert b"zebra" not in output
+    assert b"zebra" not in kept

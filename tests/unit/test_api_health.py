@@ -1,7 +1,7 @@
 import pytest
 
 from service.engine.engine import EngineState
-from service.observability.metrics import CONTENT_TYPE
+from service.observability.exposition import TEXT
 from tests.fakes_api import Client, Service
 
 pytestmark = pytest.mark.anyio
@@ -73,7 +73,7 @@ async def test_metrics_show_the_engine_as_it_is_now() -> None:
     service.engine.running = 3
     service.engine.state = EngineState.DRAINING
     answer = await Client(service).get("/metrics")
-    assert (answer.status, answer.headers["content-type"]) == (200, CONTENT_TYPE)
+    assert (answer.status, answer.headers["content-type"]) == (200, TEXT)
     lines = answer.body.decode().splitlines()
     assert "mlxd_num_requests_running 3.0" in lines
     assert "mlxd_memory_active_bytes 10.0" in lines

@@ -37,6 +37,7 @@ def _untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that prepare the process leave it as it was."""
     monkeypatch.setattr("service.settings.private_tmpdir", lambda _: None)
     monkeypatch.setattr("service.observability.logging.configure", lambda **_: None)
+    monkeypatch.setattr("service.observability.logging.log_uncaught", lambda: None)
 
 
 def test_config_show_prints_the_effective_settings_as_toml(config: str) -> None:

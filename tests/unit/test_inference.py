@@ -34,6 +34,7 @@ from service.inference import Ask, Inference
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
 from service.observability.metrics import Metrics
+from service.observability.request_metrics import RequestMetrics
 from service.settings import EngineSettings, LimitsSettings, PlanSettings, Settings
 from service.storage.usage import UsageRow
 from tests.fakes import EOS, FakeBackend, fake_tokenizer, spelling
@@ -82,11 +83,16 @@ class World:
         self.settings = Settings(engine=EngineSettings(**engine), limits=LimitsSettings(plans={"default": plan}))
         self.backend = backend
         self.clock = Clock()
-        metrics = Metrics()
-        self.limits = KeptLimits(self.settings, metrics, None, clock=self.clock)
-        self.engine = Engine(backend, self.settings.engine, telemetry=Telemetry(metrics), clock=self.clock)
+        self.metrics = Metrics()
+        self.limits = KeptLimits(self.settings, self.metrics, None, clock=self.clock)
+        self.engine = Engine(backend, self.settings.engine, telemetry=Telemetry(self.metrics), clock=self.clock)
         self.inference = Inference(
-            self.engine, self.settings, self.limits, now=lambda: 1_900_000_000.0, new_id=lambda: "row"
+            self.engine,
+            self.settings,
+            self.limits,
+            observers=[RequestMetrics(self.metrics, max_consumers=5)],
+            now=lambda: 1_900_000_000.0,
+            new_id=lambda: "row",
         )
 
     async def start(self, stack: AsyncExitStack, prompt: str = "abc", **more: Any) -> list[Generation]:
@@ -100,6 +106,18 @@ class World:
     @property
     def open(self) -> int:
         return self.limits._ledger.open
+
+    def check_metrics(self) -> None:
+        """The counters of the generation thread, and those of the records, hold exactly what the rows of usage do."""
+        rows, count = [row for row, _ in self.limits.rows], self.metrics.registry.get_sample_value
+        consumer = {"tenant": LOCAL.tenant, "key_id": ""}
+        live = {"prompt": "prompt_tokens", "cached": "prompt_tokens_cached", "completion": "generation_tokens"}
+        for kind, series in live.items():
+            used = sum(getattr(row, f"{kind}_tokens") for row in rows)
+            assert count(f"mlxd_{series}_total") == used
+            assert (count("mlxd_consumer_tokens_total", {**consumer, "kind": kind}) or 0) == used
+        assert (count("mlxd_consumer_requests_total", consumer) or 0) == len(rows)
+        assert count("mlxd_request_queue_time_seconds_count") == sum(row.rows for row in rows)
 
 
 def ask(prompt: str = "abc", **more: Any) -> Ask:
@@ -504,6 +522,7 @@ async def test_whatever_happens_each_request_is_settled_once_for_exactly_what_it
             # Each was settled once, for that; those that the engine refused have no row, and were settled for nothing.
             assert sorted(filter(None, world.limits.settled)) == sorted(filter(None, charged)), seed
             assert sum(backend.used.values()) >= sum(charged), seed
+            world.check_metrics()
             world.limits._ledger.check_integrity()
             backend.turns.release(5000)
             await world.engine.stop()

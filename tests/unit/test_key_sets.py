@@ -91,6 +91,16 @@ async def test_a_thousand_unknown_key_ids_are_one_question() -> None:
     assert source.asked == 2
 
 
+async def test_how_each_look_ended_is_told() -> None:
+    told: list[str] = []
+    source = Script([key_set(OLD), None, FAILURE, None, key_set(NEW)])
+    keys = KeySet("acme", source, ("RS256",), interval=600, retry=30, on_load=told.append)
+    for _ in range(5):
+        await keys.refresh()
+    # What did not change since it could not be used is still of no use.
+    assert told == ["success", "success", "failure", "failure", "success"]
+
+
 async def test_the_jitter_spreads_the_questions() -> None:
     keys, source, clock = build(key_set(OLD))
     await keys.find("old")

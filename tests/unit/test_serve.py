@@ -19,9 +19,10 @@ import httpx
 import pytest
 
 from service import serve
-from service.console import OWN_KEY, Console, Credential
+from service.console import OWN_KEY, Console, Credential, url
 from service.engine.backend import MemoryUse
 from service.engine.engine import EngineState, EngineStatus
+from service.listening import Listeners, listen
 from service.settings import Settings
 from tests.conftest import ROOT
 from tests.fake_service import FakeApp, FakeEngine
@@ -193,22 +194,71 @@ def test_a_taken_port_is_one_clear_line_and_code_1(start: Start) -> None:
     assert err.splitlines() == [f"mlxd: cannot listen on 127.0.0.1:{port}: Address already in use"]
 
 
+def test_the_operators_listener_is_told_and_ends_last(start: Start) -> None:
+    service = start("frames=40")
+    url = service.ready()
+    operators = service.until("/admin also on").split()[-1]
+    assert operators != url
+    assert httpx.get(f"{operators}/health").status_code == 200
+    with streaming(url) as lines:
+        service.process.terminate()
+        service.until("stopping; 1 running")
+        assert httpx.get(f"{operators}/health").status_code == 503, "it answers, and not that it is ready"
+        assert list(lines)[-1] == "data: 39"
+    assert service.end()[0] == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{operators}/health")
+
+
+def test_it_answers_while_the_model_loads(start: Start) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    service = start(f"ops=127.0.0.1:{port}", "load=0.5")
+    service.until("starting")
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503
+    service.ready()
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_a_taken_port_of_the_operators_is_one_clear_line_and_code_1(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, out, err = start(f"ops=127.0.0.1:{port}").end()
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [f"mlxd: cannot listen on 127.0.0.1:{port}: Address already in use"]
+
+
+def test_without_an_address_there_is_no_second_listener(start: Start) -> None:
+    service = start("ops=")
+    url = service.ready()
+    service.until("curl")
+    assert httpx.get(f"{url}/health").status_code == 200
+    service.process.terminate()
+    code, out, _ = service.end()
+    assert code == 0
+    assert "also on" not in out
+
+
 def test_serve_can_be_imported_without_mlx() -> None:
     program = (
-        "import sys, service.serve, service.cli; sys.exit(any(name.split('.')[0] == 'mlx' for name in sys.modules))"
+        "import sys, service.serve, service.listening, service.cli; "
+        "sys.exit(any(name.split('.')[0] == 'mlx' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def in_process(
     engine: FakeEngine, tmp_path: Path, *, leave: Callable[[int], object], drain_timeout: float = 1.0
-) -> tuple[serve.Process, socket.socket]:
-    settings = Settings.load(None, {"server.port": 0, "server.state_dir": tmp_path})
-    listener = serve.listen(settings.server)
-    server = serve.Server(serve._uvicorn_config(settings, FakeApp(engine)))
-    console = Console(io.StringIO(), host="127.0.0.1", port=0)
-    process = serve.Process(server, engine, console, drain_timeout=drain_timeout, leave=leave)
-    return process, listener
+) -> serve.Process:
+    settings = free_ports(tmp_path)
+    listeners = Listeners(settings, FakeApp(engine), listen(settings))
+    console = Console(io.StringIO(), url="http://127.0.0.1:0")
+    return serve.Process(listeners, engine, console, drain_timeout=drain_timeout, leave=leave)
+
+
+def free_ports(state_dir: Path) -> Settings:
+    return Settings.load(None, {"server.port": 0, "ops.bind": "127.0.0.1:0", "server.state_dir": state_dir})
 
 
 def test_a_generation_thread_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +269,8 @@ def test_a_generation_thread_that_does_not_end_is_left_behind(tmp_path: Path, mo
     async def scenario() -> list[int]:
         left: list[int] = []
         engine = Wedged()
-        process, listener = in_process(engine, tmp_path, leave=left.append)
-        running = asyncio.create_task(process.run(listener))
+        process = in_process(engine, tmp_path, leave=left.append)
+        running = asyncio.create_task(process.run())
         await engine.wait(EngineState.READY)
         process._on_signal(signal.SIGTERM)
         await running
@@ -236,8 +286,8 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
     async def scenario() -> tuple[int, list[int]]:
         left: list[int] = []
         engine = FakeEngine(drain_hangs=True)
-        process, listener = in_process(engine, tmp_path, leave=left.append, drain_timeout=0.05)
-        running = asyncio.create_task(process.run(listener))
+        process = in_process(engine, tmp_path, leave=left.append, drain_timeout=0.05)
+        running = asyncio.create_task(process.run())
         await engine.wait(EngineState.READY)
         process._on_signal(signal.SIGTERM)
         process._on_signal(signal.SIGINT)
@@ -252,8 +302,7 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
 def test_without_a_builder_the_applications_own_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = FakeEngine(fails="model")
     monkeypatch.setattr(serve, "_build", lambda _: FakeApp(engine))
-    settings = Settings.load(None, {"server.port": 0, "server.state_dir": tmp_path})
-    assert serve.run(settings) == os.EX_UNAVAILABLE
+    assert serve.run(free_ports(tmp_path)) == os.EX_UNAVAILABLE
     assert engine.stopped
 
 
@@ -305,7 +354,7 @@ def test_a_stage_is_told_once_though_others_report_in_between() -> None:
         files = ("a.safetensors", "b.safetensors") * 3
         steps = [status_of(EngineState.STARTING, name, done, 6) for done, name in enumerate(files)]
         seen = iter([*steps, status_of(EngineState.READY, "ready")])
-        await Console(stream, host="127.0.0.1", port=8000).follow(lambda: next(seen))
+        await Console(stream, url=url("127.0.0.1", 8000)).follow(lambda: next(seen))
 
     stream = io.StringIO()
     asyncio.run(scenario())
@@ -335,12 +384,18 @@ class Terminal(io.StringIO):
 
 
 def follow(
-    stream: io.StringIO, host: str = "127.0.0.1", *, tls: bool = False, credential: Credential | None = None
+    stream: io.StringIO,
+    host: str = "127.0.0.1",
+    *,
+    tls: bool = False,
+    credential: Credential | None = None,
+    ops: str | None = None,
 ) -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         await engine.start()
-        await Console(stream, host=host, port=8000, tls=tls, credential=credential).follow(engine.status)
+        console = Console(stream, url=url(host, 8000, tls=tls), credential=credential, ops=ops)
+        await console.follow(engine.status)
 
     asyncio.run(scenario())
 
@@ -390,11 +445,3 @@ def test_a_reader_that_went_away_does_not_stop_the_service() -> None:
             raise BrokenPipeError
 
     follow(Closed())
-
-
-def test_two_listeners_on_one_port_are_refused(tmp_path: Path) -> None:
-    settings = Settings.load(None, {"server.port": 0, "server.state_dir": tmp_path})
-    with serve.listen(settings.server) as first:
-        taken = Settings.load(None, {"server.port": first.getsockname()[1], "server.state_dir": tmp_path})
-        with pytest.raises(OSError, match="in use"):
-            serve.listen(taken.server)

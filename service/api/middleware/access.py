@@ -1,4 +1,7 @@
-"""One canonical log line and the HTTP metrics of each request, written when it is over, however it ended."""
+"""One canonical log line and the HTTP metrics of each request, written when it is over, however it ended.
+
+`docs/logs.md` has the fields of the line.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.health import PUBLIC_PATHS
+from service.errors import Internal
 from service.observability.logging import get_logger
 from service.observability.metrics import Metrics
 
@@ -46,18 +50,24 @@ class AccessLog:
         seconds = self._clock() - record.began
         self._metrics.http_requests.labels(route, method, str(status)).inc()
         self._metrics.http_request_duration.labels(route).observe(seconds)
+        client = scope.get("client")
         fields: dict[str, Any] = {
             "method": method,
             "route": route,
             "status": status,
-            "duration_ms": round(seconds * 1000, 1),
-            "first_byte_ms": None if record.first is None else round((record.first - record.began) * 1000, 1),
+            "client": client[0] if client else None,
+            "duration_ms": round(seconds * 1000, 2),
+            "first_byte_ms": None if record.first is None else round((record.first - record.began) * 1000, 2),
+            "bytes_received": record.received,
             "bytes_sent": record.sent,
             "complete": record.complete,
             **scope["state"]["line"],
         }
+        if record.failed:
+            fields["error"] = Internal.code
         quiet = route in PUBLIC_PATHS and status < 400  # noqa: PLR2004 -- the start of the errors
-        (log.debug if quiet else log.info)("request", **fields)
+        known = {name: value for name, value in fields.items() if value is not None}
+        (log.debug if quiet else log.info)("request", **known)
 
 
 class _Record:
@@ -69,6 +79,7 @@ class _Record:
         self._send = send
         self.began = clock()
         self.first: float | None = None
+        self.received = 0
         self.sent = 0
         self.complete = False
         self._status: int | None = None
@@ -78,10 +89,16 @@ class _Record:
         """The status that was sent; without one, 499 for a client that left and 500 for a failure."""
         if self._status is not None:
             return self._status
-        return CLIENT_LEFT if self._left else 500
+        return CLIENT_LEFT if self._left else Internal.status
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is left to the last resort to answer."""
+        return self._status is None and not self._left
 
     async def receive(self) -> Message:
         message = await self._receive()
+        self.received += len(message.get("body", b""))
         self._left = self._left or message["type"] == "http.disconnect"
         return message
 

@@ -39,22 +39,25 @@ class Authentication:
             return  # there are no WebSockets here; the server ends what is not answered
         address = _address(scope)
         try:
-            grant = await self._access.authenticator.authenticate(scope["headers"], address)
+            grant = await self._grant(scope, address)
         except ServiceError as error:
             await self._refuse(error, address, scope, receive, send)
             return
         _introduce(grant, scope)
         await self._app(scope, receive, send)
 
+    async def _grant(self, scope: Scope, address: str) -> Grant:
+        verifying = self._access.authenticator.authenticate(scope["headers"], address)
+        trace = scope["state"]["trace"]
+        return await (verifying if trace is None else trace.during("authenticate", verifying))
+
     async def _refuse(self, error: ServiceError, address: str, scope: Scope, receive: Receive, send: Send) -> None:
-        line = scope["state"]["line"]
         if isinstance(error, Unauthorized):
-            line["auth_failure"] = error.reason
+            scope["state"]["line"]["auth_failure"] = error.reason
             self._metrics.auth_failures.labels(error.reason).inc()
             self._access.failures.note(reason=error.reason, address=address, request_id=scope["state"]["request_id"])
             # One answer for all of them, also for its subclasses.
             error = self._limits.stranger(address) or Unauthorized(error.reason)
-        line.update(error=error.code, client=address)
         await refuse(error, self._errors, scope, receive, send)
 
 

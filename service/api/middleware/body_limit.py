@@ -30,14 +30,14 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limits.max_body_bytes:
-            await refuse_and_close(_too_large(self._limits), self._errors, receive, send, more_follows=True)
+            await refuse_and_close(_too_large(self._limits), self._errors, scope, receive, send, more_follows=True)
             return
         body = _BoundedBody(receive, self._limits)
         try:
             await self._app(scope, body.receive, send)
         except _Refused as refused:  # routes read the whole body before they answer: nothing was sent yet
             more = refused.more_follows
-            await refuse_and_close(refused.error, self._errors, receive, send, more_follows=more)
+            await refuse_and_close(refused.error, self._errors, scope, receive, send, more_follows=more)
 
 
 class _Refused(Exception):

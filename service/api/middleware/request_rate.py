@@ -29,7 +29,7 @@ class RequestRate:
         try:
             standing, refusal = await self._limits.hit(state["grant"].principal)
         except UnknownLimits as error:
-            state["line"].update(error=error.code, limits_error=error.reason)
+            state["line"]["limits_error"] = error.reason
             await refuse(error, self._errors, scope, receive, send)
             return
         state["standing"] = standing
@@ -37,5 +37,4 @@ class RequestRate:
         if refusal is None:
             await self._app(scope, receive, send)
             return
-        state["line"]["error"] = refusal.code
         await refuse(refusal, self._errors, scope, receive, send)

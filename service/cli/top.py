@@ -1,0 +1,271 @@
+"""`mlxd top`: how the service is doing, live in a terminal, from what it tells Prometheus.
+
+Asks `/metrics` and nothing else, so its key needs the scope `metrics` only. A service that is slow, restarts or goes
+away is a line under the last picture, and is asked again; a key that is refused ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli.context import explained, load_settings
+from service.cli.output import AsJson
+
+if TYPE_CHECKING:
+    import httpx
+
+    from service.cli.scrape import Scrape
+    from service.cli.top_frame import Frame
+    from service.settings import Settings
+
+TIMEOUT = 5.0
+"""Seconds for a whole answer."""
+
+MAX_BYTES = 32 * 1024 * 1024
+
+WINDOW = 30.0
+"""Seconds that percentiles, requests and consumers are of: in one interval there may be a single event, or none."""
+
+
+class Unanswered(Exception):
+    """There are no metrics, and why; `for_good`: asking again would not help."""
+
+    def __init__(self, why: str, *, for_good: bool = False) -> None:
+        super().__init__(why)
+        self.for_good = for_good
+
+
+class Source:
+    """The metrics endpoint of a service at `url`. `clock` is monotonic. Raises httpx.InvalidURL when it is made."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        import ssl
+
+        import httpx
+
+        self._url = httpx.URL(url.rstrip("/") + "/metrics")
+        self._clock = clock
+        self._client = httpx.Client(
+            headers={} if key is None else {"authorization": f"Bearer {key}"},
+            timeout=TIMEOUT,
+            transport=transport,
+            trust_env=False,  # a proxy would get the key
+            verify=ssl.create_default_context(),
+        )
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._client.close()
+
+    def look(self) -> Scrape:
+        """One scrape. Raises Unanswered."""
+        import httpx
+
+        from service.cli.scrape import NotMetrics, Scrape
+
+        try:
+            text = self._text().decode("utf-8", "replace")
+            return Scrape.parse(text, self._clock())
+        except httpx.TimeoutException:
+            raise Unanswered(f"no answer in {TIMEOUT:g} s") from None
+        except httpx.UnsupportedProtocol as error:
+            raise Unanswered(str(error), for_good=True) from None
+        except httpx.ConnectError as error:
+            raise Unanswered(f"cannot be reached: {error}") from None
+        except httpx.HTTPError as error:
+            raise Unanswered(f"the answer broke off: {error}") from None
+        except NotMetrics as error:
+            raise Unanswered(f"what is there {error}; is it mlxd?", for_good=True) from None
+
+    def _text(self) -> bytes:
+        import httpx
+
+        began = self._clock()
+        body = bytearray()
+        with self._client.stream("GET", self._url) as answer:
+            if (refusal := _refusal(answer.status_code)) is not None:
+                raise refusal
+            for piece in answer.iter_bytes():
+                body += piece
+                if len(body) > MAX_BYTES:
+                    raise Unanswered(f"more than {MAX_BYTES} bytes; is it mlxd?", for_good=True)
+                if self._clock() - began > TIMEOUT:
+                    raise httpx.ReadTimeout("slow")
+        return bytes(body)
+
+
+def _refusal(status: int) -> Unanswered | None:
+    match status:
+        case 200:
+            return None
+        case 401:
+            return Unanswered("a key is needed, or this one is refused (401): --key-file FILE", for_good=True)
+        case 403:
+            return Unanswered("the key lacks the scope `metrics` (403)", for_good=True)
+        case 404:
+            return Unanswered("there is no /metrics (404); is it mlxd?", for_good=True)
+        case 429:
+            return Unanswered("too many requests with this key (429)")
+        case _:
+            return Unanswered(f"answers {status}")
+
+
+def pictures(
+    look: Callable[[], Scrape],
+    interval: float,
+    *,
+    sleep: Callable[[float], object] = time.sleep,
+    now: Callable[[], float] = time.time,
+) -> Iterator[Frame | Unanswered]:
+    """One each `interval` seconds, from the second look on. Raises Unanswered where that is for good."""
+    from service.cli.scrape import Between
+    from service.cli.top_frame import frame
+
+    looks: deque[Scrape] = deque()
+    while True:
+        try:
+            last = look()
+        except Unanswered as unanswered:
+            if unanswered.for_good:
+                raise
+            yield unanswered
+        else:
+            if looks and Between(looks[-1], last).restarted:
+                looks = deque([looks[-1]])  # what came before is another process's
+            while len(looks) > 1 and last.at - looks[0].at > WINDOW:
+                looks.popleft()
+            if looks:
+                yield frame(looks[0], looks[-1], last, now=now())
+            looks.append(last)
+        sleep(interval)
+
+
+def top(
+    context: typer.Context,
+    *,
+    url: Annotated[str | None, typer.Option(help="Of the service; as configured when not given.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A key (0600) with the scope metrics; the development key.")
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option(help="Print one picture, after two looks, and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a running service is doing, live. Ctrl-C ends it."""
+    import httpx
+
+    settings = load_settings(context)
+    where = url or _configured(settings)
+    try:
+        source = Source(where, _key(settings, url, key_file))
+    except httpx.InvalidURL as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
+    try:
+        with closing(source), suppress(KeyboardInterrupt):
+            found = pictures(source.look, interval)
+            if once:
+                _print(_first(found), where, as_json)
+            elif as_json or not sys.stdout.isatty():
+                for each in found:
+                    _print(each, where, as_json)
+            else:
+                _live(found, where)
+    except Unanswered as unanswered:
+        typer.echo(f"mlxd: {where}: {unanswered}", err=True)
+        raise typer.Exit(1 if unanswered.for_good else os.EX_UNAVAILABLE) from None
+
+
+def _configured(settings: Settings) -> str:
+    """Where the configuration says that the service is: the operator's listener, if its port is known."""
+    from service.console import url
+
+    ops, server = settings.ops, settings.server
+    tls = server.tls_certificate is not None
+    host, port = ops.address or ("", 0)
+    if port:
+        return url(_reachable(host), port, tls=tls and not ops.loopback)
+    if server.port:
+        return url(_reachable(server.host), server.port, tls=tls)
+    raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - an address to ask, not to listen on
+
+
+def _key(settings: Settings, url: str | None, file: Path | None) -> str | None:
+    """The key of the file; else the development key, which goes to this machine only."""
+    import httpx
+
+    from service.auth.development import FILE_NAME
+    from service.settings import is_loopback, read_private
+
+    if file is None and not (settings.auth.enabled and (url is None or is_loopback(httpx.URL(url).host))):
+        return None
+    try:
+        with explained():
+            return read_private(file or settings.server.state_dir / FILE_NAME).decode("ascii").strip()
+    except FileNotFoundError:
+        if file is None:
+            return None
+        raise typer.BadParameter(f"there is no {file}", param_hint="--key-file") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter("is no key", param_hint="--key-file") from None
+
+
+def _first(found: Iterator[Frame | Unanswered]) -> Frame:
+    each = next(found)
+    if isinstance(each, Unanswered):
+        raise each
+    return each
+
+
+def _print(each: Frame | Unanswered, url: str, as_json: bool) -> None:
+    import dataclasses
+    import json
+
+    if isinstance(each, Unanswered):
+        typer.echo(f"mlxd: {url}: {each}", err=True)
+    elif as_json:
+        typer.echo(json.dumps(dataclasses.asdict(each)))
+    else:
+        from rich.console import Console
+
+        from service.cli.top_view import draw
+
+        Console().print(draw(each, url))
+
+
+def _live(found: Iterator[Frame | Unanswered], url: str) -> None:
+    """On a screen of its own, which is gone afterwards."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from service.cli.top_view import draw
+
+    picture = Group(Text(f"mlxd: {url}: the first look"))
+    with Live(picture, console=Console(), screen=True, auto_refresh=False) as live:
+        live.refresh()
+        for each in found:
+            if isinstance(each, Unanswered):
+                shown = Group(Text(f"mlxd: {url}: {each}; asking again", "bold red"), picture)
+            else:
+                shown = picture = Group(draw(each, url))
+            live.update(shown, refresh=True)
