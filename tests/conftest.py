@@ -32,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis_settings.load_profile("full" if config.getoption("full_counts") else "normal")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest's own selection by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the real model run `alone`, because it takes both cores; others say so themselves."""
+    for item in items:
+        if item.get_closest_marker("real_model"):
+            item.add_marker("alone")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # one of several processes: the counts are printed by their controller
         session.config.workeroutput["counts"] = session.config.stash[COUNTS]

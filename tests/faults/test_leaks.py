@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import httpx
@@ -51,9 +51,9 @@ async def mixed(service: Served, requests: int) -> None:
     await service.settled()
 
 
-def lasting_threads() -> list[str]:
-    """Names of all threads but the encoders, of which the second starts whenever two prompts first meet."""
-    names = [thread.name for thread in threading.enumerate()]
+def lasting_threads(others: Collection[threading.Thread]) -> list[str]:
+    """Names of all threads but `others` and the encoders, of which the second starts when two prompts first meet."""
+    names = [thread.name for thread in threading.enumerate() if thread not in others]
     encoders = [name for name in names if name.startswith("encode")]
     assert len(encoders) <= ENCODER_THREADS
     return [name for name in names if name not in encoders]
@@ -70,6 +70,7 @@ async def test_a_running_service_returns_to_where_it_was(
     tiny_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
 ) -> None:
     rounds = count("leaks: rounds of 40 requests", 4, 200)
+    others = set(threading.enumerate())
     with served(settings_for(tiny_model_dir, tmp_path)) as service:
         seen = []
         resting = tasks_of(service)
@@ -77,7 +78,7 @@ async def test_a_running_service_returns_to_where_it_was(
             await mixed(service, 40)
             while tasks_of(service) > resting:  # the connections' own tasks end a moment after their sockets
                 await asyncio.sleep(0.005)
-            seen.append((len(lasting_threads()), descriptors()))
+            seen.append((len(lasting_threads(others)), descriptors()))
         threads, files = zip(*seen, strict=True)
         assert threads[-1] <= threads[0], threads
         assert files[-1] <= files[0] + 1, files  # a closed socket may linger for a moment

@@ -24,7 +24,7 @@ from service.engine.mlx_backend import MlxBackend
 from service.settings import Settings
 from tests.serving import Served, process
 
-pytestmark = [pytest.mark.real_model, pytest.mark.alone]
+pytestmark = pytest.mark.real_model
 
 
 @pytest.mark.timeout(600)

@@ -48,7 +48,7 @@ class Authentication:
 
     async def _grant(self, scope: Scope, address: str) -> Grant:
         verifying = self._access.authenticator.authenticate(scope["headers"], address)
-        trace = scope["state"]["trace"]
+        trace = scope["state"].get("trace")
         return await (verifying if trace is None else trace.during("authenticate", verifying))
 
     async def _refuse(self, error: ServiceError, address: str, scope: Scope, receive: Receive, send: Send) -> None:
