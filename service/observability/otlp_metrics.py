@@ -65,6 +65,5 @@ class GenAiMetrics:
         if record.time_to_first_token is not None:
             self._first.record(record.time_to_first_token, labels)
         for row in record.rows:
-            if row.first_token_at is not None and row.completion_tokens > 1:
-                seconds = (row.ended_at - row.first_token_at) / (row.completion_tokens - 1)
-                self._per_token.record(seconds, labels)
+            if row.time_per_output_token is not None:
+                self._per_token.record(row.time_per_output_token, labels)

@@ -31,6 +31,17 @@ class RowRecord:
     max_tokens: int
     finish_reason: str
 
+    @property
+    def decode_seconds(self) -> float | None:
+        """From the first token to the end; None where there was none."""
+        return None if self.first_token_at is None else self.ended_at - self.first_token_at
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds between two tokens, after the first; None of a row that has less than two."""
+        seconds = self.decode_seconds
+        return seconds / (self.completion_tokens - 1) if seconds is not None and self.completion_tokens > 1 else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
@@ -98,9 +109,9 @@ class RequestRecord:
     def time_per_output_token(self) -> float | None:
         """Mean seconds between two tokens of a row, after its first; None where no row has two."""
         spans = [
-            (row.ended_at - row.first_token_at, row.completion_tokens - 1)
+            (row.decode_seconds, row.completion_tokens - 1)
             for row in self.rows
-            if row.first_token_at is not None and row.completion_tokens > 1
+            if row.decode_seconds is not None and row.completion_tokens > 1
         ]
         return sum(seconds for seconds, _ in spans) / sum(count for _, count in spans) if spans else None
 

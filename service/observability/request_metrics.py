@@ -66,10 +66,9 @@ class RequestMetrics:
         metrics.inference_time.observe(row.ended_at - row.prefill_at, exemplar)
         metrics.request_prompt_tokens.observe(row.prompt_tokens)
         metrics.request_generation_tokens.observe(row.completion_tokens)
-        if row.first_token_at is None:
+        if row.first_token_at is None or row.decode_seconds is None:
             return
         self._prefill[prompt_size(row.prompt_tokens)].observe(row.first_token_at - row.prefill_at, exemplar)
-        decode = row.ended_at - row.first_token_at
-        metrics.decode_time.observe(decode, exemplar)
-        if row.completion_tokens > 1:
-            metrics.time_per_output_token.observe(decode / (row.completion_tokens - 1), exemplar)
+        metrics.decode_time.observe(row.decode_seconds, exemplar)
+        if row.time_per_output_token is not None:
+            metrics.time_per_output_token.observe(row.time_per_output_token, exemplar)
