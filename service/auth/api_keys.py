@@ -19,6 +19,7 @@ from service.auth.key_spec import FIELDS, KeySpec, check_period, checked
 from service.auth.keyring import status
 from service.auth.pepper import Peppers
 from service.errors import InvalidRequest, NotFound
+from service.settings import LimitsSettings, PlanError
 from service.storage import audit, keys
 from service.storage.connection import Connection
 from service.storage.keys import KeyExists, KeyRecord
@@ -41,11 +42,16 @@ class IssuedKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
-    """On whose behalf keys change, and what new ones are made with. `actor` is for the audit log."""
+    """On whose behalf keys change, and what new ones are made with. `actor` is for the audit log.
+
+    `limits` are those of the service that the keys are for: a plan that is not among them, or a number that no plan
+    could have, is refused here and not first at the key's requests. None takes any.
+    """
 
     actor: str
     peppers: Peppers
     environment: str
+    limits: LimitsSettings | None = None
     now: Callable[[], float] = time.time
     random: Random = secrets
 
@@ -112,6 +118,8 @@ class Operator:
         if "tenant" in values and values["tenant"] is None:
             values["tenant"] = old.principal
         record = replace(old, **values)
+        if {"plan", "limits"} & values.keys():
+            self._check_limits(record)
         if {"not_before", "expires_at"} & values.keys():
             check_period(record.not_before, record.expires_at, self.now())
         keys.update(connection, kid, **values)
@@ -135,6 +143,7 @@ class Operator:
     def _record(self, key: ParsedKey, spec: KeySpec) -> KeyRecord:
         now, own, version = self.now(), f"key:{key.kid}", self.peppers.current
         check_period(spec.not_before, spec.expires_at, now)
+        self._check_limits(spec)
         return KeyRecord(
             kid=key.kid,
             principal=own,
@@ -151,6 +160,16 @@ class Operator:
             not_before=spec.not_before,
             expires_at=spec.expires_at,
         )
+
+    def _check_limits(self, wanted: KeySpec | KeyRecord) -> None:
+        if self.limits is None:
+            return
+        try:
+            self.limits.for_principal(wanted)
+        except PlanError as error:
+            if error.reason == "unknown_plan":
+                raise InvalidRequest("There is no such plan in the configuration.", param="plan") from None
+            raise InvalidRequest("A limit is a number that its plan could have.", param="limits") from None
 
     def _living(self, connection: Connection, kid: str, *, expired: bool = False) -> KeyRecord:
         record = find(connection, kid)

@@ -182,7 +182,12 @@ def _keys(context: typer.Context) -> Iterator[_Keys]:
         state_dir = settings.server.state_dir
         with Database.open(settings.storage, state_dir, migrate=True) as database:
             peppers = Peppers.open(pepper_file(settings.auth, state_dir))
-            operator = Operator(actor=f"cli:{os.getuid()}", peppers=peppers, environment=settings.auth.environment)
+            operator = Operator(
+                actor=f"cli:{os.getuid()}",
+                peppers=peppers,
+                environment=settings.auth.environment,
+                limits=settings.limits,
+            )
             try:
                 yield _Keys(database, operator)
             except (NotFound, InvalidRequest) as error:

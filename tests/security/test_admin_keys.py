@@ -71,6 +71,11 @@ def test_a_key_works_from_the_moment_it_is_made_and_its_text_is_shown_once(
     assert made["key"].split("_")[3] not in str(audited())
 
 
+def test_a_plan_that_the_service_does_not_have_is_refused_by_name(admin: httpx.Client) -> None:
+    answer = admin.post("/admin/keys", json={"name": "of a test", "scopes": ["models"], "plan": "gone"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "plan")
+
+
 def test_a_change_is_in_effect_and_what_is_not_named_stays(admin: httpx.Client, audited: Audited) -> None:
     made = create(admin, networks=["127.0.0.0/8"])
     where = f"/admin/keys/{made['kid']}"

@@ -21,6 +21,7 @@ from service.auth.key_store import DatabaseKeyStore
 from service.auth.keyring import KeyRing
 from service.auth.pepper import Peppers
 from service.errors import CredentialRevoked, InvalidRequest, NotFound, StorageUnavailable, Unauthorized
+from service.settings import LimitsSettings, PlanSettings
 from service.storage import audit, keys
 from service.storage.database import Database
 from service.storage.keys import KeyExists, KeyRecord
@@ -206,6 +207,33 @@ def test_an_update_changes_what_was_named_and_says_so(desk: Desk) -> None:
     with pytest.raises(NotFound):
         desk.update("nobody", {"plan": "gold"})
     assert len(desk.audited()) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"plan": "gone"}, "plan"),
+        ({"limits": {"rpm": 3}}, "limits"),
+        ({"limits": {"requests_per_minute": 0}}, "limits"),
+    ],
+)
+def test_a_key_whose_limits_the_service_does_not_know_is_neither_made_nor_changed_into(
+    desk: Desk, wrong: dict[str, Any], param: str
+) -> None:
+    desk.operator = replace(desk.operator, limits=LimitsSettings(plans={"gold": PlanSettings()}))
+    kid = desk.create(plan="gold", limits={"requests_per_minute": 3}).record.kid
+    spec = KeySpec.of(**{"name": "moved", "scopes": ["models"], **wrong})
+    calls = (
+        lambda: desk.create(**wrong),
+        lambda: desk.update(kid, wrong),
+        lambda: desk.take(generate("old").text, spec=spec),
+    )
+    for call in calls:
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert caught.value.param == param
+    assert [record.kid for record in desk.database.read(list_all).result()] == [kid]
+    assert desk.update(kid, {"plan": "default"}).plan == "default"
 
 
 async def test_an_imported_key_keeps_its_id_and_secret(desk: Desk, follow: Callable[[], KeyRing]) -> None:

@@ -35,7 +35,7 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.config = folder / "mine.toml"
-        self.config.write_text("[server]\nstate_dir = 'state'\n[log]\nlevel = 'error'\n")
+        self.config.write_text("[server]\nstate_dir = 'state'\n[log]\nlevel = 'error'\n[limits.plans.gold]\n")
         self.state_dir = folder / "state"
 
     def run(self, *arguments: str, stdin: str | bytes = "") -> Result:
@@ -95,6 +95,13 @@ def test_every_option_ends_up_in_the_key(shell: Shell) -> None:
     assert shell.json("show", made["kid"]) == made
     assert shell.json("list") == [made]
     assert "ci [x]" in shell.ok("list").stdout
+
+
+def test_a_plan_that_is_not_configured_makes_no_key(shell: Shell) -> None:
+    result = shell.run("create", "--name", "ci", "--scope", "usage", "--plan", "silver")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "mlxd: There is no such plan in the configuration.\n"
+    assert shell.json("list") == []
 
 
 async def test_what_the_command_line_does_a_running_service_obeys(shell: Shell) -> None:
