@@ -17,7 +17,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from service.engine.backend import Row
 from service.engine.row_cache import resized, rounded
-from service.engine.sampling import RowProcessors, Sampler
+from service.engine.sampling import RowSampling
 
 
 def _assert_api() -> None:
@@ -41,8 +41,7 @@ class RowState:
     `sampled` counts the tokens drawn, and who is `leaving` the batch is no longer anybody's."""
 
     row: Row
-    sampler: Sampler
-    processors: RowProcessors | None
+    sampling: RowSampling
     rest: list[int]
     cached: int = 0
     sampled: int = 0

@@ -1,14 +1,24 @@
-"""Which waiting prompts are prefilled together. Belongs to the generation thread."""
+"""Which waiting prompts are prefilled together, and what of them is there already. Belongs to the generation thread.
+
+What a prompt shares with a row that decodes is copied from that row, so that many requests with one long prefix
+prefill it once, also when they come before the first of them has ended and left it to the prefix cache.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.engine.batches import RowState
+from service.engine.decode_batch import DecodeBatch
 from service.engine.pacing import Load, Pacer
-from service.engine.prefix_cache import PrefixCache
+from service.engine.prefix_cache import PrefixCache, common_prefix
+
+WORTH_COPYING = 64
+"""Tokens more than the prefix cache has, from which on a prompt takes its prefix from a row that decodes, or waits for
+one of its cohort to decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +32,70 @@ class CohortLimits:
     load: Load
 
 
+class Member(NamedTuple):
+    """A row of a cohort, of whose prompt `cached` tokens are in `cache`, or are to be copied there from `source`."""
+
+    state: RowState
+    cache: list[Any] | None
+    cached: int
+    source: RowState | None = None
+
+    def begin(self) -> list[Any] | None:
+        """Its prefill begins; returns what there is of its cache."""
+        self.state.cached = self.cached
+        del self.state.rest[: self.cached]
+        self.state.row.on_prefill(self.cached)
+        return self.cache
+
+
 def next_cohort(
-    waiting: deque[RowState], prefixes: PrefixCache, limits: CohortLimits
-) -> list[tuple[RowState, list[Any] | None]]:
+    waiting: deque[RowState], prefixes: PrefixCache, decode: DecodeBatch | None, limits: CohortLimits
+) -> list[Member]:
     """Take the first waiting prompt, and those behind it while all fit into one chunk, each with its cached prefix.
 
     None is taken when not even the first may decode yet.
     """
-    rows: list[tuple[RowState, list[Any] | None]] = []
+    members: list[Member] = []
     room = limits.pacer.room(limits.load)
     widest = longest = 0
-    while waiting and len(rows) < limits.rows:
-        state, together = waiting[0], len(rows) + 1
+    while waiting and len(members) < limits.rows:
+        state, together = waiting[0], len(members) + 1
         longest = max(longest, len(state.row.prompt))
         if not limits.pacer.may_join(limits.load, together, longest):
             break
-        cache, cached = prefixes.lookup(state.row.tenant, state.row.prompt)
-        widest = max(widest, len(state.rest) - cached)
-        if rows and (widest * together > room or longest * together > limits.positions):
+        member = found(state, prefixes, decode)
+        widest = max(widest, len(state.rest) - member.cached)
+        if members and (widest * together > room or longest * together > limits.positions):
+            break
+        if any(shared(state, other.state) >= member.cached + WORTH_COPYING for other in members):
             break
         waiting.popleft()
-        state.cached = cached
-        del state.rest[:cached]
-        state.row.on_prefill(cached)
-        rows.append((state, cache))
-    return rows
+        members.append(member)
+    return members
+
+
+def found(state: RowState, prefixes: PrefixCache, decode: DecodeBatch | None) -> Member:
+    """A row with the longest prefix of its prompt that is somewhere; its last token is always left to be run."""
+    cache, cached = prefixes.lookup(state.row.tenant, state.row.prompt)
+    if decode is not None:
+        source, length = decode.longest_shared(state.row.tenant, state.row.prompt[:-1])
+        if length >= cached + WORTH_COPYING:
+            return Member(state, None, length, source)
+    return Member(state, cache, cached)
+
+
+def copy_prefixes(members: list[Member], decode: DecodeBatch | None, prefixes: PrefixCache) -> Iterator[None]:
+    """Layer by layer, copy what rows that decode have of these prompts. In place: nobody has a source afterwards."""
+    for at, member in enumerate(members):
+        layers: list[Any] = []
+        if decode is not None and member.source is not None:
+            yield from decode.copy_prefix(member.source, member.cached, layers)
+        if layers:
+            members[at] = member._replace(cache=layers, source=None)
+        elif member.source is not None:  # which has left, and may have left its prefix
+            members[at] = found(member.state, prefixes, None)
+
+
+def shared(one: RowState, other: RowState) -> int:
+    """How many tokens two prompts begin with in common; 0 across tenants."""
+    return common_prefix(one.row.prompt, other.row.prompt) if one.row.tenant == other.row.tenant else 0

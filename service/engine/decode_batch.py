@@ -7,15 +7,17 @@ its own. Belongs to the generation thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.generation import FinishReason
+from service.engine.prefix_cache import common_prefix
 from service.engine.row_cache import Places, RowCache, rounded
-from service.engine.sampling import Sampler
+from service.engine.sampling import Sampling
 
 SPARE = 64
 """Positions beyond a stretched row's tokens."""
@@ -33,8 +35,8 @@ class DecodeBatch:
     """Rows and their caches. A token is launched (computed in the background), then emitted (waited for).
 
     With two launched at a time the device computes while Python works. Copies are made while none is launched,
-    layer by layer so that a step can stop in between. Rows with an equal sampler are drawn in one call; an
-    exception out of one row's processors or sampler fails that row alone (`failed`).
+    layer by layer so that a step can stop in between. All rows are drawn in one pass; an exception out of one row's
+    sampling fails that row alone (`failed`).
     """
 
     def __init__(self, model: Any, eos: frozenset[int]) -> None:
@@ -46,6 +48,7 @@ class DecodeBatch:
         self.cache: list[Any] = []
         self.failed: dict[int, Exception] = {}
         self._places = Places()
+        self._sampling: Sampling | None = None
         self._launched: list[mx.array] = []
         self._newest = mx.array([], dtype=mx.uint32)
 
@@ -85,8 +88,7 @@ class DecodeBatch:
         """Start computing the next token of every row."""
         inputs = self._newest
         logits = self.model(inputs[:, None], cache=self.cache)[:, -1, :]
-        logits = self._process(inputs, logits)
-        self._newest = self._sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        self._newest = self._draw(inputs, logits)
         self._places.advance()
         mx.async_eval(self._newest)
         self._launched.append(self._newest)
@@ -131,6 +133,7 @@ class DecodeBatch:
             mx.eval(mine.state)
             prefilled.prompt_cache[index] = None
             yield
+        self._release_sampling()
         self._places.extend(theirs.lengths)
         self.rows += prefilled.rows
         self.tokens += [[*known, state.rest[0]] for known, state in zip(prefilled.tokens, prefilled.rows, strict=True)]
@@ -163,6 +166,29 @@ class DecodeBatch:
             layers.append(copy)
             yield
 
+    def longest_shared(self, tenant: str, head: Sequence[int]) -> tuple[RowState | None, int]:
+        """The row of `tenant` that has most of `head` in its cache, and how many tokens of it."""
+        best: tuple[RowState | None, int] = None, 0
+        if all(isinstance(layer, RowCache) for layer in self.cache):
+            wanted = list(head)
+            for state, tokens in zip(self.rows, self.tokens, strict=True):
+                if state.row.tenant == tenant and not state.leaving:
+                    length = min(common_prefix(tokens, wanted), len(tokens) - 1)
+                    best = max(best, (state, length), key=lambda each: each[1])
+        return best
+
+    def copy_prefix(self, source: RowState, length: int, layers: list[Any]) -> Iterator[None]:
+        """Layer by layer, append a copy of a row's first `length` tokens to `layers`; nothing when it has left.
+
+        Nothing may be launched before the first layer, nor between two.
+        """
+        index = next((at for at, state in enumerate(self.rows) if state is source), None)
+        for layer in self.cache if index is not None else ():
+            copy = layer.extract(index, length)
+            mx.eval(copy.state)
+            layers.append(copy)
+            yield
+
     def known(self, index: int) -> list[int]:
         """The tokens in a row's cache while nothing is launched."""
         return self.tokens[index][: self._places.lengths[index]]
@@ -178,6 +204,7 @@ class DecodeBatch:
             layer.filter(order)
             mx.eval(layer.state)
             yield
+        self._release_sampling()
         self._places.filter(order)
         self.rows = [self.rows[index] for index in order]
         self.tokens = [self.tokens[index] for index in order]
@@ -202,46 +229,40 @@ class DecodeBatch:
         self._places.stretch(length)
         return True
 
-    def _process(self, inputs: mx.array, logits: mx.array) -> mx.array:
-        if not any(state.processors for state in self.rows):
-            return logits
-        rows = []
-        for index, state in enumerate(self.rows):
-            row = logits[index : index + 1]
-            if state.processors:
-                row = self._guarded(index, state.processors, inputs[index : index + 1], row, fallback=row)
-            rows.append(row)
-        return mx.concatenate(rows, axis=0)
-
-    def _sample(self, logprobs: mx.array) -> mx.array:
-        first = self.rows[0].sampler
-        if all(state.sampler is first for state in self.rows):
-            return self._draw(range(len(self.rows)), first, logprobs)
-        groups: dict[int, list[int]] = {}
-        for index, state in enumerate(self.rows):
-            groups.setdefault(id(state.sampler), []).append(index)
-        drawn = [self._draw(rows, self.rows[rows[0]].sampler, logprobs[mx.array(rows)]) for rows in groups.values()]
-        order = [index for rows in groups.values() for index in rows]
-        position = sorted(range(len(order)), key=order.__getitem__)
-        return mx.concatenate(drawn)[mx.array(position)]
-
-    def _draw(self, rows: Sequence[int], sampler: Sampler, logprobs: mx.array) -> mx.array:
-        """One call for rows that share a sampler; when it raises, each of them alone."""
-        if len(rows) == 1:
-            return self._guarded(rows[0], sampler, logprobs, fallback=mx.zeros(1, dtype=mx.uint32))
-        drawn = self._guarded(None, sampler, logprobs, fallback=None)
+    def _draw(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        """One pass over all rows; when it raises, each of them alone."""
+        drawn = self._guarded(None, lambda: self._together(logits.shape[-1])(inputs, logits))
         if drawn is not None:
             return drawn
-        return mx.concatenate([self._draw([row], sampler, logprobs[at : at + 1]) for at, row in enumerate(rows)])
+        self._release_sampling()
+        alone = [self._guarded(at, partial(self._alone, at, inputs, logits)) for at in range(len(self.rows))]
+        nothing = mx.zeros(1, dtype=mx.uint32)
+        return mx.concatenate([nothing if each is None else each for each in alone])
 
-    def _guarded(self, index: int | None, function: Any, *arguments: mx.array, fallback: Any) -> Any:
-        """Call one row's own code; its exception becomes that row's failure, reported by the next step."""
+    def _together(self, vocab_size: int) -> Sampling:
+        if self._sampling is None:
+            self._sampling = Sampling([state.sampling for state in self.rows], vocab_size)
+        return self._sampling
+
+    def _alone(self, at: int, inputs: mx.array, logits: mx.array) -> mx.array:
+        sampling = Sampling([self.rows[at].sampling], logits.shape[-1])
+        drawn = sampling(inputs[at : at + 1], logits[at : at + 1])
+        sampling.release()
+        return drawn
+
+    def _release_sampling(self) -> None:
+        if self._sampling is not None:
+            self._sampling.release()
+            self._sampling = None
+
+    def _guarded(self, index: int | None, draw: Callable[[], mx.array]) -> mx.array | None:
+        """Run rows' own code; the exception of one row's becomes that row's failure, reported by the next step."""
         try:
-            return function(*arguments)
+            return draw()
         except Exception as error:  # noqa: BLE001  the one row's processors of the architecture rule; the worker logs it
             if index is not None:
                 self.failed.setdefault(self.rows[index].row.uid, error)
-            return fallback
+            return None
 
 
 def _batched(layer: Any) -> Any:

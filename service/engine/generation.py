@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. Equal values share one batched sampler call.
+    """How the next token is drawn.
 
     `temperature` 0 is greedy. `top_p`, `top_k`, `min_p` at 1, 0, 0 are off; `repetition_penalty` is off at
     1 (arXiv:1909.05858); presence and frequency penalties are OpenAI's, over the generated tokens.

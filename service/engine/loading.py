@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
-from service.engine.backend import MemoryUse
+from service.engine.backend import MemoryUse, ModelInfo
 from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
@@ -39,6 +39,19 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     context_length: int
     vocab_size: int
+
+    def info(self, memory: MemoryModel) -> ModelInfo:
+        """What the engine asks of it."""
+        return ModelInfo(
+            name=self.name,
+            context_length=self.context_length,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            batchable=all(hasattr(layer, "merge") for layer in make_prompt_cache(self.model)),
+            memory=memory,
+            tokenizer=self.tokenizer,
+            device=mx.default_device().type.name,
+        )
 
 
 Report = Callable[[str, int, int], None]
@@ -170,9 +183,9 @@ PROBE_SECONDS = 0.2
 MARGIN = 1.25
 """Factor on measured activations, for what one measurement did not see."""
 
-LOGITS_COPIES = 8
+LOGITS_COPIES = 10
 """Float32 copies of a row's logits that may be alive while a token is drawn: raw, biased, penalised,
-normalised, sorted with their cumulated probabilities, masked, and the noise they are compared with."""
+normalised, sorted with their cumulated probabilities, masked, the noise that is added, and the counts of tokens."""
 
 
 def _forward(loaded: LoadedModel, cache: list[Any], size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -19,12 +19,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.batches import PrefillBatch, RowState
-from service.engine.cohorts import CohortLimits, next_cohort
+from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
 from service.engine.decode_batch import DecodeBatch
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
-from service.engine.sampling import RowProcessors, Samplers
+from service.engine.sampling import RowSampling
 from service.engine.warmup import Warmup
 from service.settings import Settings
 
@@ -52,6 +52,7 @@ class MlxBackend:
         self._clock = clock
         self._log = structlog.get_logger("engine")
         self._waiting: deque[RowState] = deque()
+        self._forming: list[Member] = []
         self._prefill: PrefillBatch | None = None
         self._decode: DecodeBatch | None = None
         self._chore: Iterator[None] | None = None
@@ -70,17 +71,7 @@ class MlxBackend:
         loaded = self._load(self._settings, progress)
         self.model = loaded.model
         memory = measure_memory(self._settings, loaded)
-        self.info = ModelInfo(
-            name=loaded.name,
-            context_length=loaded.context_length,
-            vocab_size=loaded.vocab_size,
-            eos_token_ids=loaded.eos_token_ids,
-            batchable=all(hasattr(layer, "merge") for layer in self.fresh_cache()),
-            memory=memory,
-            tokenizer=loaded.tokenizer,
-            device=mx.default_device().type.name,
-        )
-        self.samplers = Samplers(vocab_size=loaded.vocab_size)
+        self.info = loaded.info(memory)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
         self._log.info("model_loaded", model=loaded.name, batchable=self.info.batchable, memory_budget=memory.budget)
         return self.info
@@ -106,14 +97,8 @@ class MlxBackend:
         self._waiting.append(self.row_state(row))
 
     def row_state(self, row: Row) -> RowState:
-        """A row with its sampler and processors, nothing of it prefilled."""
-        needed = RowProcessors.needed(row.sampling)
-        return RowState(
-            row=row,
-            sampler=self.samplers.get(row.sampling),
-            processors=RowProcessors(row.sampling, row.prompt, self.info.vocab_size) if needed else None,
-            rest=list(row.prompt),
-        )
+        """A row of which nothing is prefilled."""
+        return RowState(row=row, sampling=RowSampling(row.sampling, row.prompt), rest=list(row.prompt))
 
     def make_room(self, nbytes: int) -> None:
         """Shrink the prefix cache to at most `nbytes`."""
@@ -123,7 +108,7 @@ class MlxBackend:
         """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers."""
         result, began = StepResult(), self._clock()
         if self._prefill is None and self._waiting and not self.busy:  # who leaves may leave a prefix for who comes
-            self._prefill = self._next_cohort()
+            self._next_cohort()
         load = self._load_now()
         plan = self.pacer.plan(load)
         chore = self._chore or self._next_chore()
@@ -148,15 +133,21 @@ class MlxBackend:
     def busy(self) -> bool:
         """Whether copies are left to make: a step is due although no row may be waiting for it."""
         leaving = self._decode is not None and any(state.leaving for state in self._decode.rows)
-        return leaving or self._chore is not None
+        return leaving or self._chore is not None or bool(self._forming)
 
-    def _next_cohort(self) -> PrefillBatch | None:
-        """The next prompts to prefill; None while the rows that decode leave no time for one more."""
+    def _next_cohort(self) -> None:
+        """Begin with the next prompts, unless the rows that decode leave no time for one more."""
         most = min(self._settings.engine.max_prefill_rows, self.max_rows)
         limits = CohortLimits(most, self.info.memory.chunk_tokens, self.pacer, self._load_now())
-        rows = next_cohort(self._waiting, self._prefixes, limits)
-        caches = [cache or self.fresh_cache() for _, cache in rows]
-        return PrefillBatch(self.model, [state for state, _ in rows], caches) if rows else None
+        members = next_cohort(self._waiting, self._prefixes, self._decode, limits)
+        if any(member.source for member in members):
+            self._forming = members
+        else:
+            self._begin(members)
+
+    def _begin(self, members: Sequence[Member]) -> None:
+        caches = [member.begin() or self.fresh_cache() for member in members]
+        self._prefill = PrefillBatch(self.model, [member.state for member in members], caches) if members else None
 
     def _load_now(self) -> Load:
         decode, prefill = self._decode, self._prefill
@@ -210,6 +201,8 @@ class MlxBackend:
     def _next_chore(self) -> Iterator[None] | None:
         """What must be copied before the rows go on, if anything. It begins when nothing is launched."""
         batch, prefill = self._decode, self._prefill
+        if self._forming:
+            return self._form()
         if batch is not None and any(state.leaving for state in batch.rows):
             return self._drop(batch)
         if batch is not None and (wanted := batch.wanted_capacity(len(self._waiting))):
@@ -219,6 +212,13 @@ class MlxBackend:
         if prefill is not None and prefill.ready:
             return self._join(prefill)
         return None
+
+    def _form(self) -> Iterator[None]:
+        """Copy what rows that decode have of a cohort's prompts, then begin with it."""
+        members, self._forming = self._forming, []
+        yield from copy_prefixes(members, self._decode, self._prefixes)
+        self._begin([member for member in members if member.state.row.uid not in self._gone])
+        self._gone.clear()
 
     def _join(self, prefill: PrefillBatch) -> Iterator[None]:
         self._prefill = None
@@ -255,6 +255,7 @@ class MlxBackend:
             return
         self._gone |= gone if self._chore is not None else set()
         self._waiting = deque(state for state in self._waiting if state.row.uid not in gone)
+        self._forming = [member for member in self._forming if member.state.row.uid not in gone]
         if self._prefill is not None and gone.intersection(self._prefill.uids):
             self._prefill.filter([i for i, uid in enumerate(self._prefill.uids) if uid not in gone])
             if not self._prefill.rows:
@@ -271,6 +272,7 @@ class MlxBackend:
     def rebuild(self) -> None:
         """Forget every row and prefix; the model stays."""
         self._waiting.clear()
+        self._forming.clear()
         self._prefill = self._decode = None
         self._chore = None
         self._gone.clear()

@@ -82,3 +82,15 @@ class PrefixCache:
             largest.trim_to(n_bytes=largest.nbytes - step)
             if not len(largest):
                 del self._tenants[name]
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences, of the same type, begin with in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

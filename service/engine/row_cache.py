@@ -26,9 +26,16 @@ class Places:
         self._place()
 
     def _place(self) -> None:
-        self.offset = mx.array(self.lengths, dtype=mx.int32)
+        self.alone = len(self.lengths) == 1
+        """Whether there is one row only: it is written as a slice and needs no mask, which costs less."""
+        self.array = mx.array(self.lengths, dtype=mx.int32)
         self.index = mx.arange(len(self.lengths))
         self._masks: dict[int | None, mx.array] = {}
+
+    @property
+    def offset(self) -> mx.array | int:
+        """Tokens of each row so far, which is the position of its next one."""
+        return self.lengths[0] if self.alone else self.array
 
     @property
     def reach(self) -> int:
@@ -54,10 +61,13 @@ class Places:
         self.lengths = [self.lengths[index] for index in order]
         self._place()
 
-    def mask(self, window: int | None) -> mx.array:
-        """(rows, 1, 1, reach) booleans: which positions a row's next token may attend to. Made once a step."""
+    def mask(self, window: int | None) -> mx.array | None:
+        """(rows, 1, 1, reach) booleans: which positions a row's next token may attend to, or None for all of them.
+        Made once a step."""
+        if self.alone and (window is None or self.reach <= window):
+            return None
         if window not in self._masks:
-            positions, offset = mx.arange(self.reach)[None], self.offset[:, None]
+            positions, offset = mx.arange(self.reach)[None], self.array[:, None]
             seen = positions <= offset
             if window is not None:
                 seen = seen & (offset < positions + window)
@@ -89,8 +99,8 @@ class RowCache:
         return cls(places, keys, values)
 
     @property
-    def offset(self) -> mx.array:
-        """Tokens of each row so far, which is the position of its next one."""
+    def offset(self) -> mx.array | int:
+        """As `Places.offset`."""
         return self._places.offset
 
     @property
@@ -101,7 +111,7 @@ class RowCache:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.state)
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:  # noqa: ARG002, N803 -- mlx-lm's signature
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:  # noqa: ARG002, N803 -- mlx-lm's signature
         return self._places.mask(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -112,8 +122,12 @@ class RowCache:
             self.keys, self.values = (self._empty_like(array) for array in (keys, values))
         elif reach > self.capacity[1]:  # nobody grew it ahead of time
             self.resize(self.capacity[0], reach)
-        self.keys[places.index, :, places.offset] = keys[:, :, 0]
-        self.values[places.index, :, places.offset] = values[:, :, 0]
+        if places.alone:
+            self.keys[:1, :, reach - 1 : reach] = keys
+            self.values[:1, :, reach - 1 : reach] = values
+        else:
+            self.keys[places.index, :, places.array] = keys[:, :, 0]
+            self.values[places.index, :, places.array] = values[:, :, 0]
         return self.keys[:rows, :, :reach], self.values[:rows, :, :reach]
 
     def _empty_like(self, array: mx.array) -> mx.array:
@@ -148,9 +162,9 @@ class RowCache:
         array[to : to + 1, :, : row.shape[2]] = row
         return array
 
-    def extract(self, index: int) -> KVCache:
-        """A copy of one row."""
-        cache, length = KVCache(), self._places.lengths[index]
+    def extract(self, index: int, length: int | None = None) -> KVCache:
+        """A copy of one row, or of its first `length` tokens."""
+        cache, length = KVCache(), self._places.lengths[index] if length is None else length
         cache.keys = mx.contiguous(self.keys[index : index + 1, :, :length])
         cache.values = mx.contiguous(self.values[index : index + 1, :, :length])
         cache.offset = length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from service.engine.loading import load_model
 from service.engine.mlx_backend import MlxBackend
 from service.engine.models import Progress
 from service.engine.pacing import StepCosts
+from service.engine.sampling import RowSampling
 from service.settings import Settings
 from tests.progress import Recorder
 from tests.tiny import make_tiny_llama
@@ -114,6 +115,63 @@ def test_late_joins_and_cached_prefixes_equal_mlx_lm_alone(backend: MlxBackend, 
         assert tokens[uid] == alone(backend, folder, prompt)[-len(tokens[uid]) :]
 
 
+def test_a_prefix_that_many_share_is_prefilled_once_and_never_across_tenants(backend: MlxBackend, folder: Path) -> None:
+    """The first wave, when nothing is in the prefix cache yet."""
+    rng = random.Random(8)
+    base = [rng.randrange(3, 259) for _ in range(600)]
+    asked = [[*base, 3 + uid, 4 + uid] for uid in range(8)]
+    cached: dict[int, int] = {}
+    for uid, prompt in enumerate(asked):
+        each = row(uid, prompt, tenant="t" if uid < 6 else f"t{uid}")
+        backend.insert(replace(each, on_prefill=partial(cached.__setitem__, uid)))
+    tokens, results = finish(backend, len(asked))
+    assert tokens == {uid: alone(backend, folder, prompt) for uid, prompt in enumerate(asked)}
+    assert cached == {0: 0, **dict.fromkeys(range(1, 6), 600), 6: 0, 7: 0}
+    assert 3 * 601 <= sum(result.prefill_tokens for result in results) < 3 * 601 + 5 * 64
+
+
+def test_when_the_leader_leaves_a_follower_takes_over(backend: MlxBackend, folder: Path) -> None:
+    """In its prefill, when it decodes, and while its prefix is being copied."""
+    rng = random.Random(9)
+    for number, steps in enumerate(range(12)):
+        base = [rng.randrange(3, 259) for _ in range(700)]
+        cached: dict[int, int] = {}
+        for uid in range(2):
+            each = row(uid, [*base, 5 + uid], max_tokens=40 if uid == 0 else 16, tenant=f"t{number}")
+            backend.insert(replace(each, on_prefill=partial(cached.__setitem__, uid)))
+        early = [token.token for _ in range(steps) for token in backend.step().tokens if token.uid == 1]
+        backend.remove([0])
+        tokens, _ = finish(backend, 1)
+        assert early + tokens[1] == alone(backend, folder, [*base, 6], max_tokens=16)
+        while backend.busy:
+            backend.step()
+
+
+def test_who_leaves_while_its_prefix_is_copied_is_not_begun(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = [7 + index % 200 for index in range(600)]
+    begun: list[int] = []
+    backend.insert(row(0, [*base, 5], max_tokens=60))
+    while not backend.step().tokens:
+        pass
+    for uid in (1, 2):
+        backend.insert(replace(row(uid, [*base, 5 + uid]), on_prefill=begun.append))
+    monkeypatch.setattr(backend.pacer, "may_join", lambda *_: True)
+    backend.pacer.target = 1e-9  # one layer a step
+    while not (backend._forming or backend._chore):
+        backend.step()
+    backend.remove([1])
+    while backend._forming:
+        backend.step()
+    assert backend._chore is not None, "a copy is under way"
+    backend.remove([2])
+    while backend.busy:
+        backend.step()
+    assert begun == []
+    assert backend._prefill is None
+
+
 def test_rows_that_would_make_a_step_too_long_wait_for_one_to_leave(backend: MlxBackend, folder: Path) -> None:
     slow = StepCosts(decode_row=0.3 * backend.pacer.target)  # two at a time fit
     asked = [[3 + uid] * 20 for uid in range(6)]
@@ -175,16 +233,25 @@ def test_a_row_ended_by_the_engine_can_leave_its_prefix(backend: MlxBackend) -> 
     assert backend.memory().prefix_entries == 0
 
 
-def test_one_rows_processor_or_sampler_fails_alone(backend: MlxBackend, folder: Path) -> None:
+class Broken(RowSampling):
+    """One row whose own parameters cannot be worked with, from a call of `counts` or `key` on."""
+
+    def __init__(self, params: SamplingParams, *, fails: Callable[[], bool]) -> None:
+        super().__init__(params)
+        self._fails = fails
+
+    def key(self) -> mx.array:
+        if self._fails():
+            raise ValueError("scripted")
+        return super().key()
+
+
+def test_one_rows_sampling_fails_alone(backend: MlxBackend, folder: Path) -> None:
     asked = prompts(4, seed=9)
     for uid, prompt in enumerate(asked):
         backend.insert(row(uid, prompt, sampling=SamplingParams(temperature=0, presence_penalty=1e-9)))
-
-    def broken(*_: mx.array) -> mx.array:
-        raise ValueError("scripted")
-
-    backend._waiting[1].processors = broken  # type: ignore[assignment]
-    backend._waiting[2].sampler = broken
+    for broken in (1, 2):
+        backend._waiting[broken].sampling = Broken(SamplingParams(seed=1), fails=lambda: True)
     tokens, results = finish(backend, 4)
     failed = [uid for result in results for uid, _ in result.failed]
     assert sorted(failed) == [1, 2]
@@ -192,18 +259,23 @@ def test_one_rows_processor_or_sampler_fails_alone(backend: MlxBackend, folder: 
     assert tokens[3] == alone(backend, folder, asked[3])
 
 
-def test_a_shared_sampler_that_fails_is_tried_row_by_row(backend: MlxBackend) -> None:
-    def only_alone(logprobs: mx.array) -> mx.array:
-        if logprobs.shape[0] > 1:
-            raise ValueError("scripted")
-        return mx.argmax(logprobs, axis=-1)
+def test_a_pass_over_all_rows_that_fails_is_tried_row_by_row_and_nothing_is_drawn_twice(backend: MlxBackend) -> None:
+    seeded = [SamplingParams(temperature=1.0, seed=seed, presence_penalty=0.5) for seed in range(3)]
 
-    for uid in range(3):
-        backend.insert(row(uid, [5 + uid]))
-        backend._waiting[-1].sampler = only_alone
-    tokens, results = finish(backend, 3)
-    assert len(tokens) == 3
-    assert not any(result.failed for result in results)
+    def run() -> dict[int, list[int]]:
+        for uid, params in enumerate(seeded):
+            backend.insert(row(uid, [5 + uid], sampling=params))
+        backend._waiting[-1].sampling = Broken(seeded[-1], fails=lambda: next(turns, False))
+        tokens, results = finish(backend, 3)
+        assert not any(result.failed for result in results)
+        backend.rebuild()
+        return tokens
+
+    turns: Iterator[bool] = iter(())
+    undisturbed = run()
+    turns = iter((True,))  # the first pass over all of them
+    assert run() == undisturbed
+    assert next(turns, None) is None
 
 
 def test_a_seed_repeats_itself_whatever_runs_beside_it(backend: MlxBackend) -> None:

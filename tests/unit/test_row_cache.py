@@ -98,19 +98,34 @@ def test_a_batch_of_rows_that_hold_nothing_is_made_by_its_first_write() -> None:
     assert_holds(cache, places, [1, 2])
 
 
+def seen(places: Places, window: int | None) -> list[list[bool]]:
+    """What each row's next token may attend to."""
+    mask = places.mask(window)
+    assert mask is not None
+    found: list[list[bool]] = mask[:, 0, 0].tolist()
+    return found
+
+
 def test_the_mask_shows_each_row_its_own_tokens_and_its_window() -> None:
     places = Places([0, 2, 4])
-    assert places.mask(None)[:, 0, 0].tolist() == [
+    assert seen(places, None) == [
         [True, False, False, False, False],
         [True, True, True, False, False],
         [True, True, True, True, True],
     ]
-    assert places.mask(2)[:, 0, 0].tolist() == [
+    assert seen(places, 2) == [
         [True, False, False, False, False],
         [False, True, True, False, False],
         [False, False, False, True, True],
     ]
     assert places.mask(2) is places.mask(2)
+
+
+def test_one_row_alone_needs_a_mask_only_where_its_window_ends() -> None:
+    places = Places([4])
+    assert places.mask(None) is None
+    assert places.mask(5) is None
+    assert seen(places, 3) == [[False, False, True, True, True]]
 
 
 def test_other_kinds_of_caches_are_left_to_mlx_lm() -> None:

@@ -1,4 +1,4 @@
-"""Samplers and penalties: shared when equal, seeded when asked, and OpenAI's arithmetic."""
+"""Sampling: each row as it would be drawn alone, seeded when asked, and OpenAI's arithmetic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from service.engine.generation import SamplingParams
-from service.engine.sampling import RowProcessors, Samplers
+from service.engine.sampling import RowSampling, Sampling, adjusts
 
 VOCAB = 8
 
@@ -16,33 +16,93 @@ def logits(*values: float) -> mx.array:
     return mx.array([list(values) + [0.0] * (VOCAB - len(values))])
 
 
+def draw(params: SamplingParams, row: mx.array) -> list[int]:
+    """A token for each row of logits, all of them with `params`."""
+    rows = [RowSampling(params) for _ in range(row.shape[0])]
+    found: list[int] = Sampling(rows, row.shape[-1])(mx.zeros(row.shape[0], dtype=mx.uint32), row).tolist()
+    return found
+
+
 def after(params: SamplingParams, tokens: list[int], row: mx.array, prompt: tuple[int, ...] = (1,)) -> np.ndarray:
-    """The logits that a row sees once `tokens` were generated."""
-    processors = RowProcessors(params, prompt, VOCAB)
-    out = processors(mx.array([prompt[-1]]), row)
-    for token in tokens:
-        out = processors(mx.array([token]), row)
+    """The logits that a row sees once `tokens` were generated, less what makes them log-probabilities."""
+    sampling = Sampling([RowSampling(params, prompt)], VOCAB)
+    assert sampling._adjust is not None
+    out = row
+    for token in (prompt[-1], *tokens):
+        out = sampling._adjust._adjusted(mx.array([token]), row)
+        sampling._adjust.advance()
     found: np.ndarray = np.array(out)[0]
     return found
 
 
-def test_equal_parameters_share_a_sampler_and_others_do_not() -> None:
-    samplers = Samplers(vocab_size=VOCAB)
-    warm = SamplingParams(temperature=0.7, top_p=0.9)
-    assert samplers.get(warm) is samplers.get(SamplingParams(temperature=0.7, top_p=0.9, presence_penalty=1.0))
-    assert samplers.get(warm) is not samplers.get(SamplingParams(temperature=0.8, top_p=0.9))
-    assert samplers.get(SamplingParams(temperature=0)) is samplers.get(SamplingParams(temperature=0, seed=3, top_p=0.5))
-    seeded = SamplingParams(temperature=0.7, seed=1)
-    assert samplers.get(seeded) is not samplers.get(seeded)
+MIXED = (
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7, seed=1),
+    SamplingParams(temperature=1.3, seed=2, top_p=0.8),
+    SamplingParams(temperature=0.9, seed=3, top_k=5),
+    SamplingParams(temperature=0.9, seed=3, top_k=5, top_p=0.9, min_p=0.1),
+    SamplingParams(temperature=1.0, seed=4, presence_penalty=0.5, frequency_penalty=0.2),
+    SamplingParams(temperature=0, repetition_penalty=1.3),
+    SamplingParams(temperature=1.0, seed=5, logit_bias=((3, 2.0), (7, -4.0))),
+)
 
 
-def test_the_table_of_samplers_is_bounded() -> None:
-    samplers = Samplers(vocab_size=VOCAB, capacity=4)
-    first = samplers.get(SamplingParams(temperature=0.5))
-    for index in range(10):
-        samplers.get(SamplingParams(temperature=1 + index / 100))
-    assert samplers.get(SamplingParams(temperature=0.5)) is not first
-    assert len(samplers._shared) == 4
+def test_rows_that_all_differ_are_drawn_as_each_would_be_alone_also_when_rows_join_and_leave() -> None:
+    prompts = [(index, index + 1, index + 2) for index in range(len(MIXED))]
+    steps = [mx.random.normal((len(MIXED), 50), key=mx.random.key(step)) * 2 for step in range(12)]
+
+    def run(groups: list[list[int]]) -> dict[int, list[int]]:
+        """The rows' tokens over all steps; `groups` says who is drawn together in each."""
+        rows = [RowSampling(params, prompt) for params, prompt in zip(MIXED, prompts, strict=True)]
+        drawn: dict[int, list[int]] = {index: [] for index in range(len(rows))}
+        sampling, members = None, None
+        for step, group in zip(steps, groups, strict=True):
+            if group != members:
+                if sampling is not None:
+                    sampling.release()
+                sampling, members = Sampling([rows[index] for index in group], 50), group
+            assert sampling is not None
+            inputs = mx.array([(drawn[index] or prompts[index])[-1] for index in group])
+            for index, token in zip(group, sampling(inputs, step[mx.array(group)]).tolist(), strict=True):
+                drawn[index].append(token)
+        return drawn
+
+    everybody = list(range(len(MIXED)))
+    together = run([everybody] * 12)
+    assert len({tuple(tokens) for tokens in together.values()}) == len(MIXED)
+    for index in everybody:
+        assert run([[index]] * 12)[index] == together[index]
+    changing = [everybody] * 3 + [[6, 1, 4]] * 3 + [[4, 6, 1, 5]] * 3 + [[1]] * 3
+    for index, tokens in run(changing).items():
+        if index == 1:  # there all the time; the others' steps are other logits
+            assert tokens == together[index]
+        assert tokens[:3] == together[index][:3]
+
+
+def test_penalties_survive_a_change_of_the_batch() -> None:
+    rows = [RowSampling(SamplingParams(temperature=0, frequency_penalty=1.0)) for _ in range(2)]
+    even = mx.array([[3.5, 3.0, 0.0]] * 2)
+    drawn = [[0], [0]]
+    for members in ([0, 1], [0, 1], [0], [0], [0, 1]):
+        sampling = Sampling([rows[index] for index in members], 3)
+        inputs = mx.array([drawn[index][-1] for index in members])
+        for index, token in zip(members, sampling(inputs, even[: len(members)]).tolist(), strict=True):
+            drawn[index].append(token)
+        sampling.release()
+    assert drawn == [[0, 0, 1, 0, 1, 0], [0, 0, 1, 0]]
+
+
+def test_without_a_seed_two_rows_draw_apart() -> None:
+    flat = mx.zeros((64, 1000))
+    assert len(set(draw(SamplingParams(temperature=1.0), flat))) > 40
+    assert len(set(draw(SamplingParams(temperature=1.0, seed=4), flat))) == 1
+
+
+def test_neighbouring_seeds_and_steps_share_no_draw() -> None:
+    rows = [RowSampling(SamplingParams(temperature=1.0, seed=seed)) for seed in range(20)]
+    sampling = Sampling(rows, 1_000_000)
+    seen = [token for _ in range(5) for token in sampling(mx.zeros(20), mx.zeros((20, 1_000_000))).tolist()]
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("seed", [None, 5, -1, 2**63 - 1])
@@ -52,19 +112,20 @@ def test_the_table_of_samplers_is_bounded() -> None:
 def test_narrow_parameters_are_greedy(narrow: dict[str, float], seed: int | None) -> None:
     params = SamplingParams(**{"temperature": 1.0, "seed": seed, **narrow})  # type: ignore[arg-type]
     row = logits(1, 5, 2)
-    assert Samplers(vocab_size=VOCAB).get(params)(row - mx.logsumexp(row)).tolist() == [1]
+    assert draw(params, row) == [1]
 
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_a_top_k_as_wide_as_the_vocabulary_is_off(seed: int | None) -> None:
-    sampler = Samplers(vocab_size=VOCAB).get(SamplingParams(temperature=1.0, top_k=VOCAB, seed=seed))
-    assert 0 <= sampler(logits(1, 2, 3)).item() < VOCAB
+    for width in (VOCAB, VOCAB + 1):
+        drawn = draw(SamplingParams(temperature=1.0, top_k=width, seed=seed), mx.zeros((200, VOCAB)))
+        assert len(set(drawn)) == (VOCAB if seed is None else 1)
 
 
 def test_sampling_follows_the_distribution() -> None:
-    sampler = Samplers(vocab_size=VOCAB).get(SamplingParams(temperature=1.0, seed=11))
+    sampling = Sampling([RowSampling(SamplingParams(temperature=1.0, seed=11))], VOCAB)
     row = mx.log(mx.array([[0.5, 0.3, 0.2] + [1e-9] * 5]))
-    drawn = np.bincount([sampler(row).item() for _ in range(2000)], minlength=VOCAB) / 2000
+    drawn = np.bincount([sampling(mx.zeros(1), row).item() for _ in range(2000)], minlength=VOCAB) / 2000
     assert np.allclose(drawn[:3], [0.5, 0.3, 0.2], atol=0.05)
 
 
@@ -84,11 +145,11 @@ def test_logit_bias_is_added() -> None:
     assert np.allclose(out[:3], [-99, 1, 51])
 
 
-def test_parameters_that_change_nothing_need_no_processor() -> None:
-    assert not RowProcessors.needed(SamplingParams(temperature=0.3, top_p=0.5, seed=1))
+def test_parameters_that_change_no_logits_cost_nothing() -> None:
+    assert not adjusts(SamplingParams(temperature=0.3, top_p=0.5, seed=1))
     for changing in ({"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 1.1}):
-        assert RowProcessors.needed(SamplingParams(**changing))  # type: ignore[arg-type]
-    assert RowProcessors.needed(SamplingParams(logit_bias=((0, 1.0),)))
+        assert adjusts(SamplingParams(**changing))  # type: ignore[arg-type]
+    assert adjusts(SamplingParams(logit_bias=((0, 1.0),)))
 
 
 @pytest.mark.parametrize(
@@ -106,16 +167,16 @@ def test_parameters_that_change_nothing_need_no_processor() -> None:
 )
 @pytest.mark.parametrize("seed", [None, 3])
 def test_cuts_keep_exactly_the_tokens_they_promise(cut: dict[str, float], kept: set[int], seed: int | None) -> None:
-    sampler = Samplers(vocab_size=VOCAB).get(SamplingParams(temperature=1.0, seed=seed, **cut))  # type: ignore[arg-type]
     row = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05] + [1e-9] * 4] * 400))
-    assert set(sampler(row).tolist()) == kept
+    rows = [
+        RowSampling(SamplingParams(temperature=1.0, seed=None if seed is None else seed + index, **cut))  # type: ignore[arg-type]
+        for index in range(400)
+    ]
+    assert set(Sampling(rows, VOCAB)(mx.zeros(400), row).tolist()) == kept
 
 
 def test_temperature_comes_before_the_cut() -> None:
     """At a low temperature the first token alone has the mass; at a high one it does not."""
     row = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05] + [1e-9] * 4] * 400))
-    samplers = Samplers(vocab_size=VOCAB)
-    cold = samplers.get(SamplingParams(temperature=0.2, top_p=0.8))
-    hot = samplers.get(SamplingParams(temperature=1.5, top_p=0.8))
-    assert set(cold(row).tolist()) == {0}
-    assert set(hot(row).tolist()) >= {0, 1, 2}
+    assert set(draw(SamplingParams(temperature=0.2, top_p=0.8), row)) == {0}
+    assert set(draw(SamplingParams(temperature=1.5, top_p=0.8), row)) >= {0, 1, 2}
