@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from service import __version__
-from service.api import admin, docs, health, metrics as metrics_route, native, operations, status, usage
+from service.api import admin, docs, drain, health, metrics as metrics_route, native, operations, status, usage
 from service.api.deps import AppState
 from service.api.errors import ErrorRenderer
 from service.api.middleware.access import AccessLog
@@ -209,7 +209,7 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], mid
         ),
     )
     state["errors"].install(app)
-    for part in (health, *INFERENCE, models, metrics_route, admin, operations, status, usage):
+    for part in (health, *INFERENCE, models, metrics_route, admin, operations, drain, status, usage):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app

@@ -12,7 +12,7 @@ import pytest
 import structlog
 from hypothesis import settings as hypothesis_settings
 
-from service.api import admin, health, metrics, native, operations, status, usage
+from service.api import admin, drain, health, metrics, native, operations, status, usage
 from service.api.openai import chat, completions, models
 from service.engine.models import resolve
 from service.observability.logging import QueuedHandler
@@ -20,7 +20,7 @@ from tests.tiny import make_tiny_llama
 
 pytest_plugins = ["tests.real_model", "tests.databases"]
 ROOT = Path(__file__).parent.parent
-ROUTERS = (admin, chat, completions, health, metrics, models, native, operations, status, usage)
+ROUTERS = (admin, chat, completions, drain, health, metrics, models, native, operations, status, usage)
 COUNTS = pytest.StashKey[dict[str, int]]()
 
 hypothesis_settings.register_profile("normal", deadline=None, database=None)
