@@ -39,6 +39,7 @@ class Status(TypedDict):
     log_level: str
     model: Part | None
     drain: Part | None
+    reload: Part | None
     requests: Part
     tokens_per_second: Part | None
     step_age_seconds: float | None
@@ -66,6 +67,7 @@ async def status(state: StateDep) -> Status:
         "log_level": current_level(),
         "model": _model(state["engine"].info, loaded(state["engine"])),
         "drain": _drain(state, engine),
+        "reload": None if (reload := state["reloads"].last) is None else asdict(reload),
         "requests": _requests(state, engine),
         "tokens_per_second": None if rate is None else asdict(rate),
         "step_age_seconds": engine.step_age,

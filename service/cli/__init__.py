@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 
 from service.cli import db, keys, token, top, usage
-from service.cli.context import explained, load_settings, prepare
+from service.cli.context import explained, load_settings, prepare, settings_loader
 
 
 class Format(StrEnum):
@@ -96,12 +96,14 @@ def serve(
     ] = None,
 ) -> None:
     """Start the service in the foreground."""
-    settings = load_settings(context, {"server.host": host, "server.port": port})
-    prepare(settings)
+    load = settings_loader(context, {"server.host": host, "server.port": port})
+    with explained():
+        settings = load()
+    prepare(settings, log_file=True)
     from service.serve import leave_now, run
 
     with explained():
-        code = run(settings)
+        code = run(settings, load=load)
     leave_now(code)
 
 

@@ -45,6 +45,7 @@ async def test_it_tells_state_load_and_memory() -> None:
             "batching": True,
         },
         "drain": None,
+        "reload": None,
         "requests": {
             "in_flight": 1,
             "running": 2,

@@ -18,11 +18,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import serve
+from service import process as life, serve
 from service.console import OWN_KEY, Console, Credential, url
 from service.engine.backend import MemoryUse
 from service.engine.engine import EngineState, EngineStatus
+from service.leaving import StopGuard
 from service.listening import Listeners, listen
+from service.process import Process
+from service.reload import Reloader
 from service.settings import Settings
 from tests.conftest import ROOT
 from tests.fake_service import FakeApp, FakeEngine
@@ -57,6 +60,50 @@ class Running:
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=20)
         return self.process.returncode, "".join(self.lines) + out, err
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """A run that has ended leaves them ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+Build = Callable[..., Process]
+
+
+@pytest.fixture
+def in_process(tmp_path: Path) -> Iterator[Build]:
+    """Makes a Process that runs in this one; the time for its stop is over with the test."""
+    guards: list[StopGuard] = []
+
+    def build(
+        engine: FakeEngine,
+        *,
+        leave: Callable[[int], object],
+        drain_timeout: float = 1.0,
+        supervised: bool = False,
+        app: FakeApp | None = None,
+    ) -> Process:
+        settings, app = free_ports(tmp_path), app or FakeApp(engine)
+        guards.append(StopGuard(leave))
+        return Process(
+            Listeners(settings, app, listen(settings)),
+            app,
+            Console(io.StringIO(), url="http://127.0.0.1:0"),
+            drain_timeout=drain_timeout,
+            leave=leave,
+            supervised=supervised,
+            reloader=Reloader(settings, lambda: settings, app, app.reloads),
+            guard=guards[-1],
+        )
+
+    yield build
+    for guard in guards:
+        guard.disarm()
 
 
 @pytest.fixture
@@ -248,20 +295,13 @@ def test_serve_can_be_imported_without_mlx() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
-def in_process(
-    engine: FakeEngine, tmp_path: Path, *, leave: Callable[[int], object], drain_timeout: float = 1.0
-) -> serve.Process:
-    settings = free_ports(tmp_path)
-    listeners = Listeners(settings, FakeApp(engine), listen(settings))
-    console = Console(io.StringIO(), url="http://127.0.0.1:0")
-    return serve.Process(listeners, engine, console, drain_timeout=drain_timeout, leave=leave)
-
-
 def free_ports(state_dir: Path) -> Settings:
     return Settings.load(None, {"server.port": 0, "ops.bind": "127.0.0.1:0", "server.state_dir": state_dir})
 
 
-def test_a_generation_thread_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generation_thread_that_does_not_end_is_left_behind_when_the_store_is_closed(
+    in_process: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Wedged(FakeEngine):
         async def stop(self) -> None:
             await asyncio.Event().wait()
@@ -269,24 +309,25 @@ def test_a_generation_thread_that_does_not_end_is_left_behind(tmp_path: Path, mo
     async def scenario() -> list[int]:
         left: list[int] = []
         engine = Wedged()
-        process = in_process(engine, tmp_path, leave=left.append)
+        app = FakeApp(engine)
+        process = in_process(engine, app=app, leave=lambda code: left.extend((code, app.closed)))
         running = asyncio.create_task(process.run())
         await engine.wait(EngineState.READY)
         process._on_signal(signal.SIGTERM)
         await running
         return left
 
-    monkeypatch.setattr(serve, "STOP_TIMEOUT", 0.05)
-    assert asyncio.run(scenario()) == [0]
+    monkeypatch.setattr(life, "STOP_TIMEOUT", 0.05)
+    assert asyncio.run(scenario()) == [0, 1]
 
 
 def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_process: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> tuple[int, list[int]]:
         left: list[int] = []
         engine = FakeEngine(drain_hangs=True)
-        process = in_process(engine, tmp_path, leave=left.append, drain_timeout=0.05)
+        process = in_process(engine, leave=left.append, drain_timeout=0.05)
         running = asyncio.create_task(process.run())
         await engine.wait(EngineState.READY)
         process._on_signal(signal.SIGTERM)
@@ -295,7 +336,7 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
         assert engine.stopped
         return code, left
 
-    monkeypatch.setattr(serve, "FLUSH_TIMEOUT", 0)
+    monkeypatch.setattr(life, "FLUSH_TIMEOUT", 0)
     assert asyncio.run(scenario()) == (0, [130])
 
 
