@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def _logging_as_it_was() -> Iterator[None]:
     if ours:
         structlog.reset_defaults()
     root.setLevel(level)
+
+
+@pytest.fixture
+def _signals_as_they_were() -> Iterator[None]:
+    """For a test that runs the service's process in this one: at its end it leaves them ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

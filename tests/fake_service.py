@@ -113,19 +113,25 @@ class FakeApp:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.reloads = Reloads(Metrics())
-        self.closed = 0
+        self.seen: list[str] = []
+        """What ended, in order."""
+        self.close_hangs = False
+        self.looked = 0
 
     def open(self) -> None:
         """There is nobody to ask for a key here."""
 
     async def close(self) -> None:
-        self.closed += 1
+        self.seen.append("store closed")
         get_logger("fake").info("store_closed")
+        if self.close_hangs:
+            await asyncio.Event().wait()
 
     def prepared(self, settings: Settings) -> Callable[[], None]:
         return lambda: None
 
     async def refresh(self) -> None:
+        self.looked += 1
         get_logger("fake").info("keys_looked_at")
 
     @property
@@ -148,6 +154,7 @@ class FakeApp:
             raise RuntimeError("no start-up today")
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        self.seen.append("ledger written")
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _stream(self, send: Send) -> None:
@@ -169,6 +176,10 @@ class FakeApp:
 async def _answer(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
+
+
+def free_ports(state_dir: Path) -> Settings:
+    return Settings.load(None, {"server.port": 0, "ops.bind": "127.0.0.1:0", "server.state_dir": state_dir})
 
 
 def main(state_dir: str, *options: str) -> int:
