@@ -24,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, token, top, usage
+from service.cli import db, drain, keys, token, top, usage
 from service.cli.context import explained, load_settings, prepare, settings_loader
 
 
@@ -59,6 +59,10 @@ def commands() -> typer.Typer:
     audit = group(name="audit", help="The audit log.")
     audit.command("verify")(db.audit_verify)
     audit.command("list")(db.audit_list)
+    running = group(name="service", help="The running service, or the installed one.")
+    running.command("drain")(drain.drain)
+    running.command("undrain")(drain.undrain)
+    app.add_typer(running)
     app.add_typer(model)
     app.add_typer(config)
     app.add_typer(storage)
