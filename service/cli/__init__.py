@@ -3,12 +3,12 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
+    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; not drained
     2    wrong usage of the command line
-    69   the model cannot be had; the storage, or for `top` the service, cannot be asked
+    69   the model cannot be had; the storage, or for `top` and `service` the service, cannot be asked
     70   the engine failed
     78   the configuration cannot be used
-    130  interrupted (SIGINT), where a second signal did not wait for the drain
+    130  interrupted (SIGINT), where a second signal did not wait for the drain and nobody supervises
     143  as 130, by SIGTERM
 """
 
@@ -24,8 +24,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, token, top, usage
-from service.cli.context import explained, load_settings, prepare
+from service.cli import db, drain, keys, token, top, usage
+from service.cli.context import explained, load_settings, prepare, settings_loader
 
 
 class Format(StrEnum):
@@ -59,6 +59,10 @@ def commands() -> typer.Typer:
     audit = group(name="audit", help="The audit log.")
     audit.command("verify")(db.audit_verify)
     audit.command("list")(db.audit_list)
+    running = group(name="service", help="The running service, or the installed one.")
+    running.command("drain")(drain.drain)
+    running.command("undrain")(drain.undrain)
+    app.add_typer(running)
     app.add_typer(model)
     app.add_typer(config)
     app.add_typer(storage)
@@ -96,12 +100,14 @@ def serve(
     ] = None,
 ) -> None:
     """Start the service in the foreground."""
-    settings = load_settings(context, {"server.host": host, "server.port": port})
-    prepare(settings)
+    load = settings_loader(context, {"server.host": host, "server.port": port})
+    with explained():
+        settings = load()
+    prepare(settings, log_file=True)
     from service.serve import leave_now, run
 
     with explained():
-        code = run(settings)
+        code = run(settings, load=load)
     leave_now(code)
 
 
