@@ -24,7 +24,7 @@ LAYERS = (  # from top to bottom; a module imports only from lower lines and fro
     {"app", "console", "listening"},
     {"api"},
     {"inference"},
-    {"engine", "auth", "limits"},
+    {"engine", "auth", "limits", "launchd"},
     {"storage"},
     {"errors", "settings", "observability"},
 )

@@ -3,10 +3,12 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
+    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; a plan of
+         `service` failed, or it is not ready
     2    wrong usage of the command line
     69   the model cannot be had; the storage, or for `top` the service, cannot be asked
     70   the engine failed
+    77   `service` needs root
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain
     143  as 130, by SIGTERM
@@ -24,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, token, top, usage
+from service.cli import db, keys, service as service_commands, token, top, usage
 from service.cli.context import explained, load_settings, prepare
 
 
@@ -65,6 +67,7 @@ def commands() -> typer.Typer:
     app.add_typer(audit)
     app.add_typer(token.commands())
     app.add_typer(keys.commands())
+    app.add_typer(service_commands.commands())
     return app
 
 
@@ -94,6 +97,7 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="TCP port, 0 for a free one; stronger than the configuration.")
     ] = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,  # noqa: ARG001 - not in force yet
 ) -> None:
     """Start the service in the foreground."""
     settings = load_settings(context, {"server.host": host, "server.port": port})

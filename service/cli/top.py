@@ -192,21 +192,12 @@ def top(
 
 
 def _configured(settings: Settings) -> str:
-    """Where the configuration says that the service is: the operator's listener, if its port is known."""
-    from service.console import url
+    from service.cli.address import configured
 
-    ops, server = settings.ops, settings.server
-    tls = server.tls_certificate is not None
-    host, port = ops.address or ("", 0)
-    if port:
-        return url(_reachable(host), port, tls=tls and not ops.loopback)
-    if server.port:
-        return url(_reachable(server.host), server.port, tls=tls)
-    raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - an address to ask, not to listen on
+    found = configured(settings)
+    if found is None:
+        raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
+    return found
 
 
 def _key(settings: Settings, url: str | None, file: Path | None) -> str | None:
