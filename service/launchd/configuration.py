@@ -10,6 +10,9 @@ from service.launchd.layout import Layout
 from service.launchd.ownership import changeable
 from service.settings import Settings, as_toml
 
+REPLACED = frozenset({"server.state_dir", "log.file"})
+"""Paths that the installation chooses itself, so those of the source are of no matter."""
+
 HEAD = """\
 # What differs from the defaults; `mlxd service install` wrote it from the configuration that was in force there, and
 # overwrites it only when it is called with another one. Edit it as root; `mlxd service restart` puts it in force.
@@ -26,9 +29,10 @@ def render(settings: Settings, layout: Layout, *, model: Path, model_name: str) 
         "model.offline": True,
         "model.aliases": list(aliases),
         "log.format": "json",
+        "log.file": str(layout.log),
     }
     wanted, usual = flat(settings) | ours, flat(Settings())
-    return HEAD + as_toml({key: value for key, value in wanted.items() if value != usual[key]})
+    return HEAD + as_toml({key: value for key, value in wanted.items() if value != usual.get(key, value)})
 
 
 def flat(settings: Settings) -> dict[str, Any]:
@@ -46,9 +50,8 @@ def refusals(settings: Settings, *, owners: frozenset[int], below: Path) -> Iter
 
 
 def _files(settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Every file that the settings name, but the state directory, which the installation replaces."""
-    found = _paths("", settings.model_dump())
-    yield from (each for each in found if each[0] != "server.state_dir")
+    """Every file that the settings name and the installation keeps."""
+    yield from (each for each in _paths("", settings.model_dump()) if each[0] not in REPLACED)
 
 
 def _paths(name: str, value: object) -> Iterator[tuple[str, Path]]:

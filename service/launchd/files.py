@@ -190,6 +190,5 @@ def _write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None)
             os.fsync(file.fileno())
         _give(Path(draft), mode, owner)
         Path(draft).replace(path)
-    except BaseException:
+    finally:
         Path(draft).unlink(missing_ok=True)
-        raise
