@@ -92,8 +92,8 @@ generate() {
 # A stream of many tokens, in the background; returns when it has begun.
 stream() {
     : >"$work/stream"
-    with_key "$url/generate" -H 'content-type: application/json' -o "$work/stream" \
-        -d '{"prompt": "Once upon a time", "max_tokens": 1500, "stream": true, "logit_bias": {"0": -100, "2": -100}}' &
+    with_key "$url/v1/completions" -H 'content-type: application/json' -o "$work/stream" -d '{"model": "default",
+        "prompt": "Once upon a time", "max_tokens": 600, "stream": true, "logit_bias": {"0": -100, "2": -100}}' &
     streaming=$!
     within 30 grep -q '^data: ' "$work/stream"
 }
