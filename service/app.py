@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from service import __version__
-from service.api import admin, docs, health, metrics as metrics_route, native, operations, status, usage
+from service.api import admin, docs, drain, health, metrics as metrics_route, native, operations, status, usage
 from service.api.deps import AppState
 from service.api.errors import ErrorRenderer
 from service.api.middleware.access import AccessLog
@@ -43,6 +43,7 @@ from service.limits.limiter import Limits
 from service.limits.usage_report import UsageReports
 from service.observability.event_loop import LoopWatch
 from service.observability.metrics import Metrics
+from service.observability.reloads import Reloads
 from service.observability.request_metrics import RequestMetrics, no_exemplar
 from service.observability.token_rate import TokenRate
 from service.settings import ConfigurationError, Settings
@@ -68,6 +69,7 @@ class App:
     protocol: type[BoundedProtocol]
     access: AccessService
     limits: Limits
+    reloads: Reloads
 
     @property
     def operations(self) -> ASGIApp:
@@ -81,6 +83,24 @@ class App:
         """
         self.access.open()
         return self.access.development_key
+
+    async def close(self) -> None:
+        """Write what is noted, and close the database. Harmless in every state, and twice."""
+        await self.limits.flush()
+        await self.access.close()
+
+    def prepared(self, settings: Settings) -> Callable[[], None]:
+        """See `reload.Reloadable`, as for `refresh`. Raises ConfigurationError."""
+        parts = self.limits.prepared(settings.limits), self.access.prepared(settings.auth)
+
+        def put_in_force() -> None:
+            for part in parts:
+                part()
+
+        return put_in_force
+
+    async def refresh(self) -> None:
+        await self.access.refresh()
 
 
 def build(settings: Settings, backend: Backend | None = None) -> App:
@@ -99,6 +119,7 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
     observers = (counted, *(() if otlp is None else otlp.observers))
     inference = Inference(engine, settings, limits, observers=observers)
     watch = LoopWatch(metrics.event_loop_lag.observe)
+    reloads = Reloads(metrics)
     asgi = create_app(
         settings,
         engine=engine,
@@ -106,11 +127,12 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         metrics=metrics,
         access=access.control,
         limits=limits,
+        reloads=reloads,
         running=_running(access, limits, inference, watch, otlp),
         tracing=None if otlp is None else otlp.tracing,
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
-    return App(asgi, engine, bounded_protocol(policy), access, limits)
+    return App(asgi, engine, bounded_protocol(policy), access, limits, reloads)
 
 
 def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> OpenTelemetry | None:
@@ -160,6 +182,7 @@ def create_app(
     metrics: Metrics,
     access: AccessControl,
     limits: Limits,
+    reloads: Reloads | None = None,
     running: AbstractAsyncContextManager[object] | None = None,
     tracing: Tracing | None = None,
     new_id: Callable[[], str] = new_id,
@@ -182,6 +205,7 @@ def create_app(
         limits=limits,
         scraper=Scraper(settings, metrics, engine=engine, limits=limits, access=access),
         token_rate=TokenRate(metrics),
+        reloads=reloads or Reloads(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
         new_id=new_id,
         now=now,
@@ -209,7 +233,7 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], mid
         ),
     )
     state["errors"].install(app)
-    for part in (health, *INFERENCE, models, metrics_route, admin, operations, status, usage):
+    for part in (health, *INFERENCE, models, metrics_route, admin, operations, drain, status, usage):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import structlog
 from hypothesis import settings as hypothesis_settings
 
-from service.api import admin, health, metrics, native, operations, status, usage
+from service.api import admin, drain, health, metrics, native, operations, status, usage
 from service.api.openai import chat, completions, models
 from service.engine.models import resolve
 from service.observability.logging import QueuedHandler
@@ -20,7 +21,7 @@ from tests.tiny import make_tiny_llama
 
 pytest_plugins = ["tests.real_model", "tests.databases"]
 ROOT = Path(__file__).parent.parent
-ROUTERS = (admin, chat, completions, health, metrics, models, native, operations, status, usage)
+ROUTERS = (admin, chat, completions, drain, health, metrics, models, native, operations, status, usage)
 COUNTS = pytest.StashKey[dict[str, int]]()
 
 hypothesis_settings.register_profile("normal", deadline=None, database=None)
@@ -115,6 +116,16 @@ def _logging_as_it_was() -> Iterator[None]:
     if ours:
         structlog.reset_defaults()
     root.setLevel(level)
+
+
+@pytest.fixture
+def _signals_as_they_were() -> Iterator[None]:
+    """For a test that runs the service's process in this one: at its end it leaves them ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

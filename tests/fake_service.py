@@ -15,7 +15,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.engine.backend import MemoryUse
 from service.engine.engine import EngineState, EngineStatus
 from service.errors import EngineFailed, ModelUnavailable, ServiceError
-from service.observability.logging import configure
+from service.observability.logging import configure, get_logger
+from service.observability.metrics import Metrics
+from service.observability.reloads import Reloads
 from service.serve import run
 from service.settings import Settings
 
@@ -110,9 +112,27 @@ class FakeApp:
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
+        self.reloads = Reloads(Metrics())
+        self.seen: list[str] = []
+        """What ended, in order."""
+        self.close_hangs = False
+        self.looked = 0
 
     def open(self) -> None:
         """There is nobody to ask for a key here."""
+
+    async def close(self) -> None:
+        self.seen.append("store closed")
+        get_logger("fake").info("store_closed")
+        if self.close_hangs:
+            await asyncio.Event().wait()
+
+    def prepared(self, settings: Settings) -> Callable[[], None]:
+        return lambda: None
+
+    async def refresh(self) -> None:
+        self.looked += 1
+        get_logger("fake").info("keys_looked_at")
 
     @property
     def operations(self) -> Any:
@@ -134,6 +154,7 @@ class FakeApp:
             raise RuntimeError("no start-up today")
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        self.seen.append("ledger written")
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _stream(self, send: Send) -> None:
@@ -157,10 +178,16 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def free_ports(state_dir: Path) -> Settings:
+    return Settings.load(None, {"server.port": 0, "ops.bind": "127.0.0.1:0", "server.state_dir": state_dir})
+
+
 def main(state_dir: str, *options: str) -> int:
     values = dict(option.split("=", 1) for option in options)
     drain_timeout = float(values.pop("drain_timeout", "30"))
-    configure(level="info", fmt="json")
+    supervised = bool(values.pop("supervised", ""))
+    log_file = values.pop("log", None)
+    configure(level="info", fmt="json", file=None if log_file is None else Path(log_file))
     settings = Settings.load(
         None,
         {
@@ -179,7 +206,7 @@ def main(state_dir: str, *options: str) -> int:
         "total": int,
     }
     given = {name: types.get(name, bool)(value) for name, value in values.items()}
-    return run(settings, build=lambda _: FakeApp(FakeEngine(**given)))
+    return run(settings, build=lambda _: FakeApp(FakeEngine(**given)), supervised=supervised)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from service.auth.revocation import RunningGrants
 from service.engine.backend import MemoryUse
 from service.engine.engine import Engine, EngineState, EngineStatus
 from service.engine.generation import Delta, FinishReason, Generation, GenerationRequest, Usage
-from service.errors import NotFound, ServiceError
+from service.errors import Draining, NotFound, ServiceError
 from service.inference import Accepted, Ask, Inference
 from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
@@ -61,6 +61,15 @@ class FakeEngine:
         self.detail = ""
         self.waiting = 0
         self.running = 0
+        self.drain_for_good: bool | None = None
+
+    def begin_drain(self, timeout: float, *, for_good: bool) -> None:
+        self.state, self.drain_for_good = EngineState.DRAINING, for_good or bool(self.drain_for_good)
+
+    def resume(self) -> None:
+        if self.drain_for_good:
+            raise Draining("The service is shutting down.")
+        self.state, self.drain_for_good = EngineState.READY, None
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -70,6 +79,7 @@ class FakeEngine:
             running=self.running,
             step_age=0.25,
             memory=MemoryUse(active=10, peak=20, buffer_cache=3, prefix_cache=4, prefix_entries=1),
+            drain_for_good=self.drain_for_good,
         )
 
 

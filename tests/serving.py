@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from service.app import App, build
+from service.auth.access_control import AccessService
 from service.auth.api_keys import IssuedKey, Operator
 from service.auth.key_spec import KeySpec
 from service.auth.pepper import Peppers, pepper_file
@@ -142,6 +143,16 @@ def process(state_dir: Path, *, timed: bool = False, **overrides: str) -> Iterat
         yield running.url
 
 
+@asynccontextmanager
+async def opened(access: AccessService) -> AsyncIterator[None]:
+    """What is behind authentication, running; closed after the block."""
+    try:
+        async with access.run():
+            yield
+    finally:
+        await access.close()
+
+
 @contextmanager
 def served(settings: Settings, backend: Backend | None = None) -> Iterator[Served]:
     """Run the service until the block ends, with an operator's listener on a free port; it is ready (or failed) when
@@ -162,6 +173,7 @@ def served(settings: Settings, backend: Backend | None = None) -> Iterator[Serve
         ready.set()
         assert await serving
         await app.engine.stop()
+        await app.close()
 
     def own_loop() -> None:
         with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:

@@ -24,6 +24,7 @@ from service.inference import Inference
 from service.limits.limiter import Limits, Standing
 from service.limits.usage_report import UsageReports
 from service.observability.metrics import Metrics
+from service.observability.reloads import Reloads
 from service.observability.token_rate import TokenRate
 from service.settings import Settings
 
@@ -43,6 +44,7 @@ class AppState(TypedDict):
     limits: Limits
     scraper: Scraper
     token_rate: TokenRate
+    reloads: Reloads
     usage: UsageReports | None
     """None where no usage is kept."""
     new_id: Callable[[], str]

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from service import __version__
 from service.api.deps import RequestState, Requires, StateDep
+from service.api.drain import drain_state
 from service.api.health import loaded, reasons
 from service.api.routes import get_and_head
 from service.auth.principal import Scope
@@ -37,6 +38,8 @@ class Status(TypedDict):
     uptime_seconds: float
     log_level: str
     model: Part | None
+    drain: Part | None
+    reload: Part | None
     requests: Part
     tokens_per_second: Part | None
     step_age_seconds: float | None
@@ -63,6 +66,8 @@ async def status(state: StateDep) -> Status:
         "uptime_seconds": max(0.0, state["now"]() - state["started"]),
         "log_level": current_level(),
         "model": _model(state["engine"].info, loaded(state["engine"])),
+        "drain": _drain(state, engine),
+        "reload": None if (reload := state["reloads"].last) is None else asdict(reload),
         "requests": _requests(state, engine),
         "tokens_per_second": None if rate is None else asdict(rate),
         "step_age_seconds": engine.step_age,
@@ -89,6 +94,12 @@ def _model(info: ModelInfo | None, is_loaded: bool) -> Part | None:
         "context_length": info.context_length,
         "batching": info.batchable,
     }
+
+
+def _drain(state: RequestState, engine: EngineStatus) -> Part | None:
+    if engine.drain_for_good is None:
+        return None
+    return {"drained": drain_state(state)["drained"], "for_good": engine.drain_for_good}
 
 
 def _requests(state: RequestState, engine: EngineStatus) -> Part:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from service.auth.authenticator import Authenticator
 from service.auth.denial_store import DatabaseDenialStore
 from service.auth.denied import DenyList
 from service.auth.failure_audit import AuthFailure, FailureAudit
+from service.auth.issuers import Issuers
 from service.auth.jwt import Issuer, TokenVerifier
-from service.auth.key_sets import KeySet, open_issuer
 from service.auth.key_store import DatabaseKeyStore
 from service.auth.keyring import POLL_INTERVAL, KeyRing
 from service.auth.pepper import SECRET_BYTES, Peppers, pepper_file
@@ -31,7 +30,7 @@ from service.auth.revocation import RunningGrants
 from service.errors import StorageUnavailable
 from service.observability.logging import get_logger
 from service.observability.metrics import Metrics
-from service.settings import Settings
+from service.settings import AuthSettings, Settings
 from service.storage import audit, telemetry
 from service.storage.connection import Connection
 from service.storage.database import Database
@@ -63,7 +62,7 @@ class AccessControl:
     peppers: Peppers
     ready: Callable[[], bool]
     storage_up: Callable[[], bool | None] = lambda: None
-    issuers: Sequence[Issuer] = ()
+    issuers: Iterable[Issuer] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,10 @@ class Telemetry:
     def key_set(self, issuer: str, outcome: str) -> None:
         self._metrics.jwks_refreshes.labels(issuer, outcome).inc()
 
+    def issuer_gone(self, issuer: str) -> None:
+        for gauge in (self._metrics.jwks_keys, self._metrics.jwks_age):
+            gauge.remove(issuer)
+
 
 class AccessService:
     """The parts behind an AccessControl, over the life of the process. Opens nothing when it is made.
@@ -104,7 +107,7 @@ class AccessService:
         path = pepper_file(auth, folder)
         # Where nobody is asked nothing is kept, so this one is never used.
         self._peppers = Peppers.open(path) if auth.enabled else Peppers(path, {1: secrets.token_bytes(SECRET_BYTES)})
-        self._issuers = [open_issuer(each, partial(self._telemetry.key_set, each.name)) for each in auth.issuers]
+        self._issuers = Issuers(auth.issuers, self._telemetry.key_set)
         store = DatabaseKeyStore(self._database)
         self._keys = KeyRing(store, self._peppers, touch=store.touch, stale_for=auth.stale_for, now=now)
         self._denials = DenyList(DatabaseDenialStore(self._database), stale_for=auth.stale_for, now=now)
@@ -118,7 +121,7 @@ class AccessService:
             peppers=self._peppers,
             ready=lambda: self._prepared or not auth.enabled,
             storage_up=lambda: self._keys.reached if auth.enabled else None,
-            issuers=tuple(self._issuers),
+            issuers=self._issuers,
         )
         self._keys.on_change(self.control.running.recheck)
         self._denials.on_change(self.control.running.recheck)
@@ -172,7 +175,7 @@ class AccessService:
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
-        """Follow keys, deny-list and issuers while the block runs; then write what is pending, and close."""
+        """Follow keys, deny-list and issuers while the block runs; then write what is pending."""
         self.control.authenticator.announce()
         if not self._settings.auth.enabled:
             yield
@@ -183,12 +186,12 @@ class AccessService:
             self._task("keys", self._keys.run()),
             self._task("denials", self._denials.follow(POLL_INTERVAL)),
             self._task("auth-failures", self.control.failures.follow()),
-            *(self._task("issuer", one.keys.follow()) for one in self._issuers if isinstance(one.keys, KeySet)),
         ]
+        self._issuers.run(self._task)
         try:
             yield
         finally:
-            await self._close(tasks)
+            await self._end([*tasks, *self._issuers.stop()])
 
     async def _open_until_it_is(self) -> None:
         while True:
@@ -196,17 +199,47 @@ class AccessService:
                 return
             await asyncio.sleep(RETRY_INTERVAL)
 
-    async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._write_pending()
+
+    async def _write_pending(self) -> None:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._keys.close()
                 await self.control.failures.flush()
+        except TimeoutError:
+            log.warning("storage_write_overdue", timeout=CLOSE_TIMEOUT)
+
+    async def close(self) -> None:
+        """Write what is pending and close the database, or give up after a while. Harmless in every state."""
+        await self._write_pending()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
                 await asyncio.to_thread(self._database.close)
         except TimeoutError:
             log.warning("storage_close_overdue", timeout=CLOSE_TIMEOUT)
+
+    def prepared(self, auth: AuthSettings) -> Callable[[], None]:
+        """Call what it returns, on the event loop, to have these issuers from then on; nothing changes before.
+
+        Any thread; reads files. Raises ConfigurationError.
+        """
+        issuers = self._issuers.opened(auth.issuers)
+
+        def replace() -> None:
+            for gone in {each.settings.name for each in self._issuers} - {each.settings.name for each in issuers}:
+                self._telemetry.issuer_gone(gone)
+            self._issuers.replace(issuers)
+
+        return replace
+
+    async def refresh(self) -> None:
+        """Look at once at what is looked at from time to time: keys, deny-list, keys of issuers."""
+        if self._settings.auth.enabled:
+            await asyncio.gather(self._keys.refresh(), self._denials.refresh(), self._issuers.refresh())
 
     def _task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)

@@ -114,7 +114,7 @@ class TokenGrant:
 
 
 class TokenVerifier:
-    """Verifies tokens of the given issuers. `now` is Unix time. Belongs to the event loop's thread."""
+    """Verifies tokens of the issuers there are at the time. `now` is Unix time. Belongs to the event loop's thread."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class TokenVerifier:
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._issuers = {issuer.settings.issuer: issuer for issuer in issuers}
+        self._issuers = issuers
         self._denials = denials
         self._telemetry = telemetry
         self._now = now
 
     def health(self) -> Mapping[str, KeysHealth]:
         """The state of each issuer's keys, by its name."""
-        return {issuer.settings.name: issuer.keys.health for issuer in self._issuers.values()}
+        return {issuer.settings.name: issuer.keys.health for issuer in self._issuers}
 
     def recognises(self, credential: str) -> bool:
         return looks_like_jwt(credential)
@@ -167,10 +167,10 @@ class TokenVerifier:
         return TokenGrant(principal, identity, self._denials)
 
     def _issuer(self, name: object) -> Issuer:
-        issuer = self._issuers.get(name) if isinstance(name, str) else None
-        if issuer is None:
-            raise Reason.UNKNOWN_ISSUER.refusal()
-        return issuer
+        for issuer in self._issuers:
+            if issuer.settings.issuer == name:
+                return issuer
+        raise Reason.UNKNOWN_ISSUER.refusal()
 
     def _ask_library(self, token: UnverifiedToken, key: BoundKey, issuer: IssuerSettings) -> None:
         """The signature, and the library's view of the claims; its clock is the system's.

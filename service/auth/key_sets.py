@@ -146,7 +146,7 @@ class KeySet:
 
 
 class SecretKey:
-    """The key of an issuer with a shared secret: one, without an id, for as long as the process runs."""
+    """The key of an issuer with a shared secret: one, without an id, for as long as this object is used."""
 
     def __init__(self, secret: bytes) -> None:
         self.key = bind(secret, "HS256")

@@ -108,6 +108,10 @@ class KeyRing:
             tasks.create_task(self._snapshot.follow(self._poll_interval, self._sleep), name="key-poll")
             tasks.create_task(self._last_used.follow(FLUSH_INTERVAL, self._sleep), name="key-last-used")
 
+    async def refresh(self) -> None:
+        """Look at the store now."""
+        await self._snapshot.refresh()
+
     async def close(self) -> None:
         """Write the last uses that are not written yet."""
         await self._last_used.flush()

@@ -3,14 +3,14 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; a plan of
-         `service` failed, or it is not ready
+    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; `service`: a
+         plan failed, not ready, or not drained
     2    wrong usage of the command line
-    69   the model cannot be had; the storage, or for `top` the service, cannot be asked
+    69   the model cannot be had; the storage, or for `top` and `service` the service, cannot be asked
     70   the engine failed
     77   `service` needs root
     78   the configuration cannot be used
-    130  interrupted (SIGINT), where a second signal did not wait for the drain
+    130  interrupted (SIGINT), where a second signal did not wait for the drain and nobody supervises
     143  as 130, by SIGTERM
 """
 
@@ -27,7 +27,7 @@ from typing import Annotated
 import typer
 
 from service.cli import db, keys, service as service_commands, token, top, usage
-from service.cli.context import explained, load_settings, prepare
+from service.cli.context import explained, load_settings, prepare, settings_loader
 
 
 class Format(StrEnum):
@@ -97,15 +97,20 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="TCP port, 0 for a free one; stronger than the configuration.")
     ] = None,
-    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,  # noqa: ARG001 - not in force yet
+    supervised: Annotated[
+        bool,
+        typer.Option("--supervised", help="A supervisor restarts what ends with another code than 0, as launchd does."),
+    ] = False,
 ) -> None:
     """Start the service in the foreground."""
-    settings = load_settings(context, {"server.host": host, "server.port": port})
-    prepare(settings)
+    load = settings_loader(context, {"server.host": host, "server.port": port})
+    with explained():
+        settings = load()
+    prepare(settings, log_file=True)
     from service.serve import leave_now, run
 
     with explained():
-        code = run(settings)
+        code = run(settings, supervised=supervised, load=load)
     leave_now(code)
 
 

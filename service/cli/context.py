@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,22 +16,32 @@ if TYPE_CHECKING:
 
 def load_settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings of all layers, the command line's `overrides` (None: not given) included."""
+    with explained():
+        return settings_loader(context, overrides)()
+
+
+def settings_loader(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Callable[[], Settings]:
+    """Reads these settings, each time that it is called. Raises ConfigurationError."""
     from service.settings import Settings
 
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    with explained():
-        return Settings.load(context.obj, given)
+    config: Path | None = context.obj
+    return lambda: Settings.load(config, given)
 
 
-def prepare(settings: Settings) -> None:
-    """What must be true of the process before mlx and fastapi are imported."""
+def prepare(settings: Settings, *, log_file: bool = False) -> None:
+    """What must be true of the process before mlx and fastapi are imported; with `log_file` the log goes there."""
     from service.observability.logging import configure, log_uncaught
-    from service.settings import forget_outside_telemetry, private_tmpdir
+    from service.settings import ConfigurationError, forget_outside_telemetry, private_tmpdir
 
+    log = settings.log
     with explained():
         private_tmpdir(settings.server.state_dir)
-    forget_outside_telemetry()
-    configure(level=settings.log.level, fmt=settings.log.format, queue_lines=settings.log.queue_lines)
+        forget_outside_telemetry()
+        try:
+            configure(level=log.level, fmt=log.format, queue_lines=log.queue_lines, file=log.file if log_file else None)
+        except OSError as error:
+            raise ConfigurationError(f"log.file: {log.file}: {error.strerror}") from None
     log_uncaught()
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from service.cli.address import configured
 from service.cli.context import load_settings
+from service.cli.reach import configured
 
 if TYPE_CHECKING:
     from service.launchd.environment import Model
@@ -143,11 +143,10 @@ def _plist_problems(layout: Layout, settings: Settings) -> list[str] | None:
 def _probe(settings: Settings) -> Readiness:
     from service.launchd.readiness import Readiness, ask
 
-    where = configured(settings)
-    if where is None:
-        unknown = "the configured ports are free ones, so nobody knows them"
-        return Readiness(ready=False, reachable=False, state=None, reasons=(unknown,))
-    return ask(where)
+    try:
+        return ask(configured(settings))
+    except typer.BadParameter as error:
+        return Readiness(ready=False, reachable=False, state=None, reasons=(error.message,))
 
 
 def _last_words(layout: Layout) -> str:

@@ -1,4 +1,4 @@
-"""`mlxd service`: install the service under launchd, and look after it there.
+"""`mlxd service`: install the service under launchd, and look after it there, or anywhere where it runs.
 
 Every command that changes something prints its plan first, undoes what it did when a step fails, and with `--dry-run`
 only prints. Exit codes beyond those of every command: 1 where a plan failed or the service is not ready, 77 where root
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli import drain
 from service.cli.context import load_settings
 from service.cli.installation import agent_layout, daemon_layout, gather, layout_of, model_of, parts_of, settings_of
 from service.cli.output import AsJson, print_json, print_table, when
@@ -41,7 +42,7 @@ ModelFolder = Annotated[
 
 def commands() -> typer.Typer:
     """The commands below `mlxd service`."""
-    about = "The service under launchd."
+    about = "The installed service, or the running one."
     group = typer.Typer(name="service", help=about, add_completion=False, rich_markup_mode=None, no_args_is_help=True)
     for name, command in (
         ("install", install),
@@ -51,6 +52,8 @@ def commands() -> typer.Typer:
         ("status", status),
         ("logs", logs),
         ("render", render),
+        ("drain", drain.drain),
+        ("undrain", drain.undrain),
     ):
         group.command(name)(command)
     return group

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli.context import explained, load_settings
+from service.cli.context import load_settings
 from service.cli.output import AsJson
+from service.cli.reach import Unanswered, configured, credential
 
 if TYPE_CHECKING:
     import httpx
 
     from service.cli.scrape import Scrape
     from service.cli.top_frame import Frame
-    from service.settings import Settings
 
 TIMEOUT = 5.0
 """Seconds for a whole answer."""
@@ -34,14 +34,6 @@ MAX_BYTES = 32 * 1024 * 1024
 
 WINDOW = 30.0
 """Seconds that percentiles, requests and consumers are of: in one interval there may be a single event, or none."""
-
-
-class Unanswered(Exception):
-    """There are no metrics, and why; `for_good`: asking again would not help."""
-
-    def __init__(self, why: str, *, for_good: bool = False) -> None:
-        super().__init__(why)
-        self.for_good = for_good
 
 
 class Source:
@@ -171,9 +163,9 @@ def top(
     import httpx
 
     settings = load_settings(context)
-    where = url or _configured(settings)
+    where = url or configured(settings)
     try:
-        source = Source(where, _key(settings, url, key_file))
+        source = Source(where, credential(settings, url, key_file))
     except httpx.InvalidURL as error:
         raise typer.BadParameter(str(error), param_hint="--url") from None
     try:
@@ -189,35 +181,6 @@ def top(
     except Unanswered as unanswered:
         typer.echo(f"mlxd: {where}: {unanswered}", err=True)
         raise typer.Exit(1 if unanswered.for_good else os.EX_UNAVAILABLE) from None
-
-
-def _configured(settings: Settings) -> str:
-    from service.cli.address import configured
-
-    found = configured(settings)
-    if found is None:
-        raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
-    return found
-
-
-def _key(settings: Settings, url: str | None, file: Path | None) -> str | None:
-    """The key of the file; else the development key, which goes to this machine only."""
-    import httpx
-
-    from service.auth.development import FILE_NAME
-    from service.settings import is_loopback, read_private
-
-    if file is None and not (settings.auth.enabled and (url is None or is_loopback(httpx.URL(url).host))):
-        return None
-    try:
-        with explained():
-            return read_private(file or settings.server.state_dir / FILE_NAME).decode("ascii").strip()
-    except FileNotFoundError:
-        if file is None:
-            return None
-        raise typer.BadParameter(f"there is no {file}", param_hint="--key-file") from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter("is no key", param_hint="--key-file") from None
 
 
 def _first(found: Iterator[Frame | Unanswered]) -> Frame:

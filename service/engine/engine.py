@@ -1,8 +1,14 @@
 r"""The engine as the event loop sees it: start, submit, drain, stop, and the state machine.
 
-    starting -> warming -> ready -> draining -> stopped
-         \          \        \         \
-          +----------+--------+---------+--> failed
+    starting -> warming -> ready --> stopped (from each of the three)
+         \          \        \
+          +----------+--------+---> failed
+
+    draining <-> any of the first three: loading goes on below
+
+A drain (`drain.py`) lies over the state, which is `draining` for as long as it does, whatever is reached below.
+`begin_drain` puts it on. `resume` takes it off, and the state is what is below by then; not so when the drain is for
+good, as a signal's is. Nothing hides `failed` and `stopped`, and nothing leads out of them.
 
 Every method belongs to the event loop's thread; the generation thread runs `_main`, and what it wants to
 say arrives on the loop by `call_soon_threadsafe`.
@@ -11,65 +17,30 @@ say arrives on the loop by `call_soon_threadsafe`.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import structlog
 
 from service.engine.backend import Backend, MemoryUse, ModelInfo
+from service.engine.drain import Drain
 from service.engine.generation import Generation, GenerationRequest
+from service.engine.priority import give_way
+from service.engine.states import EngineState, EngineStatus
 from service.engine.telemetry import Telemetry
 from service.engine.worker import CanaryFailed, Delivery, Worker
 from service.errors import Draining, EngineFailed, ModelUnavailable, NotReady, ServiceError
 from service.settings import EngineSettings
 
+__all__ = ["Engine", "EngineState", "EngineStatus"]
+
 RETRY_LOADING = 5.0
 """Seconds after which a client may ask again while the model loads."""
-
-LOOP_WAITS = 0.001
-"""Seconds for which Python code on the generation thread may keep the interpreter from the event loop."""
-
-NICENESS = 10
-"""Of the generation thread and those that mlx starts from it (Linux, where niceness belongs to a thread)."""
 
 
 class _StoppedLoading(Exception):
     """The service stops while the model loads."""
-
-
-class EngineState(StrEnum):
-    STARTING = "starting"
-    WARMING = "warming"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatus:
-    """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason.
-
-    `held` rows are not given back; those that run are promised `reserved` bytes of `budget`. While it loads and
-    warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is unknown).
-    """
-
-    state: EngineState
-    detail: str
-    done: int = 0
-    total: int = 0
-    waiting: int
-    running: int
-    held: int = 0
-    reserved: int = 0
-    budget: int = 0
-    step_age: float | None
-    memory: MemoryUse
 
 
 class Engine:
@@ -99,18 +70,20 @@ class Engine:
         self._changed = asyncio.Event()
         self._stopping = threading.Event()
         self._live: set[Generation] = set()
+        self._drain: Drain | None = None
 
     @property
     def state(self) -> EngineState:
-        return self._state
+        over = self._drain is not None and self._state not in {EngineState.FAILED, EngineState.STOPPED}
+        return EngineState.DRAINING if over else self._state
 
     def status(self) -> EngineStatus:
         """A snapshot; cheap."""
-        worker = self._worker
+        worker, state, drain = self._worker, self.state, self._drain
         held, reserved = worker.books() if worker else (0, 0)
         return EngineStatus(
-            state=self._state,
-            detail=self._detail,
+            state=state,
+            detail=drain.detail if drain is not None and state is EngineState.DRAINING else self._detail,
             done=self._done,
             total=self._total,
             waiting=worker.waiting if worker else 0,
@@ -120,6 +93,7 @@ class Engine:
             budget=self.info.memory.budget if self.info else 0,
             step_age=self.clock() - worker.last_step if worker and worker.running else None,
             memory=worker.memory if worker else MemoryUse(),
+            drain_for_good=None if drain is None else drain.for_good,
         )
 
     async def start(self) -> None:
@@ -130,16 +104,18 @@ class Engine:
 
     async def wait(self, *states: EngineState) -> EngineState:
         """Wait until the engine is in one of these states; returns it."""
-        while self._state not in states:
+        while self.state not in states:
             await self._changed.wait()
-        return self._state
+        return self.state
 
     def ready_info(self) -> ModelInfo:
         """The loaded model. Raises NotReady, Draining or EngineFailed when new work would not be served."""
-        match self._state:
+        match self.state:
             case EngineState.READY if self.info is not None:
                 return self.info
-            case EngineState.DRAINING | EngineState.STOPPED:
+            case EngineState.DRAINING if self._drain is not None:
+                raise self._drain.refusal()
+            case EngineState.STOPPED:
                 raise Draining("The service is shutting down.", retry_after=self.settings.drain_timeout)
             case EngineState.FAILED:
                 raise EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
@@ -166,21 +142,34 @@ class Engine:
         if not self._live:
             self._notify()  # a drain may be waiting for nobody else
 
-    async def drain(self, timeout: float) -> None:
-        """Refuse new work, refuse what waits, let what runs finish for `timeout` seconds, then end it."""
-        if self._state in {EngineState.FAILED, EngineState.STOPPED}:
-            return
-        was_ready = self._state is EngineState.READY
-        self._set(EngineState.DRAINING, "shutting down")
-        if not was_ready or self._worker is None:
-            return
-        error = Draining("The service is shutting down.", retry_after=self.settings.drain_timeout)
-        self._worker.refuse_waiting(error)
-        if not await self._finished(timeout):
-            self._worker.abort_running(error)
-            await self._finished(None)
+    def begin_drain(self, timeout: float, *, for_good: bool) -> asyncio.Task[None]:
+        """Refuse new work and what waits, at once; the task lets what runs finish for `timeout` seconds, then ends it.
 
-    async def _finished(self, timeout: float | None) -> bool:
+        Whoever drains an engine that does already joins, with the timeout of the first.
+        """
+        if self._drain is None:
+            after = self.settings.drain_timeout
+            self._drain = Drain(self._worker, self._live, self._finished, timeout, retry_after=after)
+        self._drain.for_good |= for_good
+        self._drain.refuse_waiting()
+        self._notify()
+        return self._drain.task
+
+    async def drain(self, timeout: float) -> None:
+        """Drain for good, and wait for the end of it."""
+        await self.begin_drain(timeout, for_good=True)
+
+    def resume(self) -> None:
+        """Undo a drain. Harmless where there is none. Raises Draining for one that is for good."""
+        if self._drain is None:
+            return
+        if self._drain.for_good:
+            raise self._drain.refusal()
+        self._drain.task.cancel()
+        self._drain = None
+        self._notify()
+
+    async def _finished(self, timeout: float) -> bool:
         """Wait until no generation is live; False when `timeout` seconds were not enough."""
         try:
             async with asyncio.timeout(timeout):
@@ -204,7 +193,7 @@ class Engine:
     # -- the generation thread ----------------------------------------------------------------------------
 
     def _main(self) -> None:
-        _give_way()
+        give_way()
         error: ServiceError = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         clean = False
         try:
@@ -290,10 +279,3 @@ class Engine:
         """Wake everybody who waits for a change; each looks for itself."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _give_way() -> None:
-    """Let the event loop run first where both want the CPU: on mlx's CPU backend this thread takes all it gets."""
-    sys.setswitchinterval(LOOP_WAITS)
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -32,7 +32,7 @@ def render(settings: Settings, layout: Layout, *, model: Path, model_name: str) 
         "log.file": str(layout.log),
     }
     wanted, usual = flat(settings) | ours, flat(Settings())
-    return HEAD + as_toml({key: value for key, value in wanted.items() if value != usual.get(key, value)})
+    return HEAD + as_toml({key: value for key, value in wanted.items() if value != usual[key]})
 
 
 def flat(settings: Settings) -> dict[str, Any]:

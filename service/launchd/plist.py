@@ -21,11 +21,11 @@ from service.settings import Settings
 THROTTLE: Final = 30
 """Seconds between two starts, at least: longer than a model takes that cannot be loaded."""
 
-TEARDOWN: Final = 39
-"""Seconds after the drain, at most: its overrun (5), last bytes (5, 1), usage (5), storage (5), spans (2), the
-generation thread (10), logs (5), and 1 for the rest. A test adds them up from where they are."""
+TEARDOWN: Final = 25
+"""Seconds after `engine.drain_timeout` at which a process that was told to stop has ended, done or not: 20, and 5 for
+the last lines of its log. A test adds them up from where they are."""
 
-MARGIN: Final = 11
+MARGIN: Final = 10
 """Seconds that launchd waits longer: a SIGKILL of a process with wired memory can cost it until the next boot."""
 
 FILES: Final = 4096

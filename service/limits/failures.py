@@ -47,14 +47,18 @@ class FailureBuckets:
         max_addresses: int = MAX_ADDRESSES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._capacity = float(per_minute)
-        self._refill = per_minute / 60
+        self.resize(per_minute)
         self._max_addresses = max_addresses
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._buckets)
+
+    def resize(self, per_minute: int) -> None:
+        """So many from now on, for everybody; a bucket that holds more is full."""
+        self._capacity = float(per_minute)
+        self._refill = per_minute / 60
 
     def charge(self, address: str) -> None:
         """One failure. An empty bucket stays empty: a flood is not locked out for longer than it lasts."""

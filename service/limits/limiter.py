@@ -22,10 +22,10 @@ from service.limits.quotas import QuotaHold, Quotas
 from service.limits.request_rate import RequestRate
 from service.limits.shared import Hold, RequestLimits, TokenLimits
 from service.limits.states import RateState, TokenState
-from service.limits.stores import shared_store, totals, usage_log
+from service.limits.stores import check_quotas, shared_store, totals, usage_log
 from service.observability.logging import get_logger
 from service.observability.metrics import Metrics
-from service.settings import PlanError, PlanSettings, Settings
+from service.settings import LimitsSettings, PlanError, PlanSettings, Settings
 from service.storage.opening import Storage
 from service.storage.usage import UsageRow
 
@@ -87,8 +87,10 @@ class Limits:
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
+        check_quotas(settings.limits, storage)
         self._settings = settings.limits
         self._metrics = metrics
+        self._storage = storage
         self._sleep = sleep
         self._max_age = (
             settings.engine.request_timeout + settings.engine.drain_timeout + settings.http.write_timeout + SWEEP_MARGIN
@@ -198,6 +200,19 @@ class Limits:
         self._metrics.limits_refused.labels(error.code).inc()
         return error
 
+    def prepared(self, limits: LimitsSettings) -> Callable[[], None]:
+        """Call what it returns to have these plans and this rate of failed credentials; nothing changes before.
+
+        What is reserved stays as it is; a request's own plan holds to its end. Raises ConfigurationError.
+        """
+        check_quotas(limits, self._storage)
+
+        def replace() -> None:
+            self._settings = limits
+            self._strangers.resize(limits.failed_authentication_per_minute)
+
+        return replace
+
     # -- over the life of the service -----------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -216,6 +231,11 @@ class Limits:
                 yield
             finally:
                 await self._close(tasks)
+
+    async def flush(self) -> None:
+        """Write the usage that is noted now, as far as that can be done at the moment."""
+        if self._usage is not None:
+            await self._usage.flush()
 
     async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         try:

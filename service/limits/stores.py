@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from service.auth.principal import DEFAULT_PLAN
 from service.limits.usage_log import UsageLog
 from service.observability.metrics import Metrics
-from service.settings import ConfigurationError, Settings
+from service.settings import ConfigurationError, LimitsSettings, Settings
 from service.storage import usage
 from service.storage.opening import Storage
 from service.storage.usage import UsageRow
@@ -31,14 +31,18 @@ def shared_store(settings: Settings, metrics: Metrics) -> RedisStore | None:
     return RedisStore(read_url(settings.limits), settings.limits, metrics.limits_shared_store_up.set)
 
 
+def check_quotas(limits: LimitsSettings, storage: Storage | None) -> None:
+    """Raises ConfigurationError for a quota that could not be told, because no usage is kept."""
+    plan = limits.plans[DEFAULT_PLAN]
+    if storage is None and not plan.daily_tokens == plan.monthly_tokens == "unlimited":
+        raise ConfigurationError(f"limits.plans.{DEFAULT_PLAN}: a quota needs auth.enabled, and its database")
+
+
 def usage_log(
     settings: Settings, metrics: Metrics, storage: Storage | None, now: Callable[[], float]
 ) -> UsageLog | None:
-    """What writes usage into `storage`; without one a quota, which could not be told, is an error."""
+    """What writes usage into `storage`, where there is one."""
     if storage is None:
-        plan = settings.limits.plans[DEFAULT_PLAN]
-        if not plan.daily_tokens == plan.monthly_tokens == "unlimited":
-            raise ConfigurationError(f"limits.plans.{DEFAULT_PLAN}: a quota needs auth.enabled, and its database")
         return None
 
     async def write(rows: Sequence[UsageRow]) -> None:

@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
 import structlog
 from structlog.stdlib import BoundLogger
 from structlog.tracebacks import ExceptionDictTransformer
 
+from service.observability.log_file import LogFile
 from service.observability.log_queue import END_TIMEOUT, Descriptor, LineWriter, Outlet, Stream
 from service.observability.redaction import MAX_ITEMS, cut, plain, redact, without_words
 
@@ -48,15 +50,20 @@ def get_logger(name: str) -> BoundLogger:
 
 
 def configure(
-    *, level: Level = "info", fmt: Format = "auto", stream: TextIO | None = None, queue_lines: int = QUEUE_LINES
+    *,
+    level: Level = "info",
+    fmt: Format = "auto",
+    stream: TextIO | None = None,
+    queue_lines: int = QUEUE_LINES,
+    file: Path | None = None,
 ) -> None:
-    """Send all logging of the process through one handler to `stream` (standard error when not given).
+    """Send all logging of the process through one handler to `file`, or `stream` (standard error when not given).
 
     Replaces the root logger's handlers; loggers of libraries keep none of their own and propagate. At most
-    `queue_lines` lines wait to be written.
+    `queue_lines` lines wait to be written. Raises OSError for a file that cannot be opened.
     """
     out = sys.stderr if stream is None else stream
-    terminal = out.isatty()
+    terminal = file is None and out.isatty()
     as_json = fmt == "json" or (fmt == "auto" and not terminal)
     structlog.configure(
         processors=[
@@ -69,7 +76,9 @@ def configure(
         cache_logger_on_first_use=False,
     )
     # Only a terminal is looked up anew: rich would take lines that go to a file to the terminal of its spinner.
-    outlet = Stream(lambda: sys.stderr) if stream is None and terminal else _outlet(out)
+    outlet: Outlet = Stream(lambda: sys.stderr) if stream is None and terminal else _outlet(out)
+    if file is not None:
+        outlet = LogFile(file)
     root = logging.getLogger()
     for former in _queued():
         former.flush()
@@ -92,6 +101,13 @@ def set_level(level: Level) -> None:
 def current_level() -> str:
     """The level that is in force."""
     return logging.getLevelName(logging.getLogger().level).lower()
+
+
+def reopen() -> None:
+    """Go on in what is at the path of the file by now, where there is one. Any thread. Raises OSError: as before."""
+    for handler in _queued():
+        if isinstance(handler.outlet, LogFile):
+            handler.outlet.reopen()
 
 
 def flush() -> None:
@@ -137,6 +153,7 @@ class QueuedHandler(logging.handlers.QueueHandler):
     """Takes what a line will say at the moment of logging, and hands it to the writer's thread."""
 
     def __init__(self, outlet: Outlet, render: Callable[[Fields], str], capacity: int) -> None:
+        self.outlet = outlet
         self.writer = LineWriter(outlet, capacity=capacity, notice=self._notice)
         self._render = render
         super().__init__(self.writer)  # type: ignore[arg-type]  # `enqueue` below is all that uses it

@@ -203,6 +203,7 @@ class Metrics:
             registry=self.registry,
         )
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
+        self.config_reloads = counter("mlxd_config_reloads", "Reloads of the configuration, by outcome.", ("outcome",))
         self.jwks_refreshes = counter("mlxd_jwks_refreshes", "Reads of an issuer's keys.", ("issuer", "outcome"))
         self.jwks_keys = gauge("mlxd_jwks_keys", "Usable keys of an issuer.", ("issuer",))
         self.jwks_age = gauge("mlxd_jwks_age_seconds", "Seconds since an issuer's keys were read.", ("issuer",))

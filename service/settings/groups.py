@@ -140,6 +140,9 @@ class LogSettings(Group):
     format: Literal["auto", "json", "console"] = Field(
         "auto", description="`json` lines, `console` colours, or `auto`: console on a terminal."
     )
+    file: OptionalFile = Field(
+        None, description="File of the log, made 0600; opened anew at SIGHUP. Empty: standard error."
+    )
     queue_lines: int = Field(
         4096, ge=1, le=2**20, description="Most lines that wait for a slow reader; beyond it the oldest are dropped."
     )

@@ -389,7 +389,7 @@ def test_the_installed_configuration_holds_differences_only(parts: Parts, model:
     installed, usual = flat(Settings.load(parts.layout.config)), flat(Settings())
     text = parts.layout.config.read_text()
     assert {key for key in installed if installed[key] != usual[key]} == {
-        *("server.port", "server.state_dir", "engine.drain_timeout", "ops.bind", "log.format"),
+        *("server.port", "server.state_dir", "engine.drain_timeout", "ops.bind", "log.format", "log.file"),
         *("model.reference", "model.offline", "model.aliases"),
     }
     assert "[http]" not in text

@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 
-from service import listening, serve
-from service.auth import access_control
+from service import leaving
 from service.launchd import plist
 from service.launchd.layout import Layout
 from service.launchd.plist import Job, exit_timeout, problems
-from service.limits import usage_log
-from service.observability import otlp
 from service.settings import Settings
 
 
@@ -61,7 +58,7 @@ def test_every_value_has_launchds_type_and_value(job: Job, tmp_path: Path) -> No
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": 30,
-        "ExitTimeOut": 80,
+        "ExitTimeOut": 65,
         "ProcessType": "Interactive",
         "SoftResourceLimits": {"Core": 0, "NumberOfFiles": 4096},
         "HardResourceLimits": {"Core": 0, "NumberOfFiles": 4096},
@@ -73,19 +70,7 @@ def test_every_value_has_launchds_type_and_value(job: Job, tmp_path: Path) -> No
 
 
 def test_exit_timeout_is_above_whatever_a_clean_end_can_take() -> None:
-    """The teardown is a sum of what stands in other files: one that grows there must grow here."""
-    longest = (
-        listening.FLUSH_TIMEOUT  # the drain's overrun
-        + listening.FLUSH_TIMEOUT  # last bytes
-        + listening.OPS_FLUSH_TIMEOUT
-        + usage_log.CLOSE_TIMEOUT
-        + access_control.CLOSE_TIMEOUT
-        + otlp.CLOSE_TIMEOUT
-        + serve.STOP_TIMEOUT
-        + serve.LEAVE_TIMEOUT
-        + 1
-    )
-    assert longest == plist.TEARDOWN
+    assert leaving.TEARDOWN_TIMEOUT + leaving.LEAVE_TIMEOUT == plist.TEARDOWN
     assert exit_timeout(Settings.load(None, {"engine.drain_timeout": 100.5})) == 101 + plist.TEARDOWN + plist.MARGIN
 
 
@@ -106,7 +91,7 @@ Change = Callable[[dict[str, Any]], object]
         (lambda job: job.update(ThrottleInterval=True), "ThrottleInterval: must be int, is bool"),
         (lambda job: job.update(ThrottleInterval=10), "ThrottleInterval: must be at least 30"),
         (lambda job: job.update(RunAtLoad=1), "RunAtLoad: must be bool, is int"),
-        (lambda job: job.update(ExitTimeOut=79), "ExitTimeOut: 79 s, but with engine.drain_timeout"),
+        (lambda job: job.update(ExitTimeOut=64), "ExitTimeOut: 64 s, but with engine.drain_timeout"),
         (lambda job: job.update(ExitTimeOut=0), "ExitTimeOut: 0 s, but with engine.drain_timeout"),
         (lambda job: job.update(Nice=10), "Nice: is not a key that mlxd uses"),
         (lambda job: job.update(LowPriorityIO=True), "LowPriorityIO: is not a key that mlxd uses"),

@@ -15,7 +15,7 @@ from service.auth.access_control import AccessService
 from service.limits.limiter import Limits
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from tests.serving import bearer, make_key
+from tests.serving import bearer, make_key, opened
 from tests.token_authority import SECRET, ec_jwk, ec_key, key_set, pack, rsa_jwk, rsa_key, sign_ec, sign_hmac, sign_rsa
 
 ROUNDS, EACH = 30, 50
@@ -78,7 +78,7 @@ async def test_the_cost_of_being_let_in_is_printed(tmp_path: Path, capsys: pytes
     errors = ErrorRenderer(lambda: 0.0)
     layer = Authentication(application, access=service.control, limits=limits, errors=errors, metrics=metrics)
     figures = {}
-    async with service.run():
+    async with opened(service):
         for name, text in credentials.items():
             headers = [(key.encode(), value.encode()) for key, value in bearer(text).items()]
 

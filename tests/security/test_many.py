@@ -21,7 +21,7 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.storage.connection import Connection
 from service.storage.database import Database
-from tests.serving import AMPLE
+from tests.serving import AMPLE, opened
 
 PRINCIPALS = 1000
 STRANGERS = 10_000
@@ -85,7 +85,7 @@ async def test_memory_and_latency_stay_flat(tmp_path: Path) -> None:
     settings = Settings.load(None, {"server.state_dir": tmp_path / "state", **AMPLE})
     keys = make_keys(settings, PRINCIPALS)
     layers = Layers(settings)
-    async with layers.service.run(), layers.limits.run():
+    async with opened(layers.service), layers.limits.run():
         few = await layers.median(keys[:10] * 200)
         many = await layers.median(keys * 2)
         unknown = [generate("test").text for _ in range(STRANGERS)]

@@ -21,7 +21,7 @@ from service.settings import ConfigurationError, Settings
 from service.storage import audit
 from service.storage.database import Database
 from tests.fakes import FakeBackend
-from tests.serving import Served, bearer, make_key, served
+from tests.serving import Served, bearer, make_key, opened, served
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +40,7 @@ async def test_a_key_lets_in_while_it_runs_and_what_is_pending_is_written_at_the
     settings = settings_for(tmp_path)
     key = make_key(settings, "models")
     service = AccessService(settings, Metrics())
-    async with service.run():
+    async with opened(service):
         assert service.control.ready()
         headers = [(b"authorization", b"Bearer " + key.text.encode())]
         grant = await service.control.authenticator.authenticate(headers, "127.0.0.1")
@@ -88,7 +88,7 @@ async def test_where_it_is_off_nothing_is_kept(tmp_path: Path) -> None:
     service = AccessService(settings, Metrics())
     assert service.open()
     with structlog.testing.capture_logs() as lines:
-        async with service.run():
+        async with opened(service):
             assert service.control.ready()
             assert (await service.control.authenticator.authenticate([], "127.0.0.1")).principal.id == "local"
     assert [line["event"] for line in lines] == ["authentication_off"]
@@ -176,7 +176,7 @@ async def test_a_database_that_does_not_close_does_not_keep_the_service(
     service = AccessService(settings_for(tmp_path), Metrics())
     go_on = threading.Event()
     with structlog.testing.capture_logs() as lines:
-        async with service.run():
+        async with opened(service):
             service._database.write(lambda _: go_on.wait(30))
     go_on.set()
     assert "storage_close_overdue" in [line["event"] for line in lines]

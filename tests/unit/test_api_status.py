@@ -44,6 +44,8 @@ async def test_it_tells_state_load_and_memory() -> None:
             "context_length": 2048,
             "batching": True,
         },
+        "drain": None,
+        "reload": None,
         "requests": {
             "in_flight": 1,
             "running": 2,

@@ -23,9 +23,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from service.cli import commands, top
+from service.cli import commands, reach, top
+from service.cli.reach import Unanswered
 from service.cli.scrape import Between, NotMetrics, Scrape
-from service.cli.top import Source, Unanswered, pictures
+from service.cli.top import Source, pictures
 from service.cli.top_frame import CONSUMERS, REASONS, Consumer, Frame, Load, frame
 from service.cli.top_view import draw
 from tests.conftest import ROOT
@@ -557,7 +558,7 @@ def test_the_address_is_the_configured_one(tmp_path: Path, lines: str, url: str)
 
     path = tmp_path / "mlxd.toml"
     path.write_text(lines)
-    assert top._configured(Settings.load(path)) == url
+    assert reach.configured(Settings.load(path)) == url
 
 
 def test_ports_that_nobody_knows_must_be_told(tmp_path: Path) -> None:
@@ -597,10 +598,10 @@ def test_a_stranger_is_not_shown_the_development_key(config: str, tmp_path: Path
     key.write_text("mlxd_dev_x\n")
     key.chmod(0o600)
     settings = Settings.load(Path(config))
-    assert top._key(settings, None, None) == "mlxd_dev_x"
-    assert top._key(settings, "https://mlxd.example.org", None) is None
+    assert reach.credential(settings, None, None) == "mlxd_dev_x"
+    assert reach.credential(settings, "https://mlxd.example.org", None) is None
     key.unlink()
-    assert top._key(settings, None, None) is None
+    assert reach.credential(settings, None, None) is None
 
 
 def read(screen: int) -> bytes:

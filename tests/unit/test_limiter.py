@@ -458,3 +458,38 @@ async def test_a_thousand_principals_and_ten_thousand_strangers_cost_no_more_tha
     assert first < 10e6
     assert last - first < 10e6
     assert len(world.limits._requests._local._limiter.storage) < MAX_KEYS  # type: ignore[arg-type]
+
+
+async def test_plans_that_are_changed_hold_from_the_next_request_and_nothing_changes_before() -> None:
+    world = World(settings(default={"concurrent_requests": 2}))
+    held = await world.reserve(who(), 10)
+    put_in_force = world.limits.prepared(
+        LimitsSettings(
+            plans={"default": PlanSettings(concurrent_requests=1), "gold": PlanSettings()},
+            failed_authentication_per_minute=1,
+        )
+    )
+    with pytest.raises(UnknownLimits):
+        world.limits.plan_of(who(plan="gold"))
+    put_in_force()
+    assert world.limits.plan_of(who(plan="gold")).concurrent_requests == 256
+    with pytest.raises(TooManyConcurrent):
+        await world.reserve(who(), 10)
+    held.settle(10)
+    (await world.reserve(who(), 10)).settle(0)
+    assert [world.limits.stranger("203.0.113.9") is None for _ in range(2)] == [True, False]
+    assert world.limits.open == 0
+
+
+async def test_without_a_database_a_quota_is_refused_at_a_change_too() -> None:
+    world = World()
+    with pytest.raises(ConfigurationError, match="quota"):
+        world.limits.prepared(LimitsSettings(plans={"default": PlanSettings(daily_tokens=5)}))
+    await world.limits.flush()
+
+
+async def test_a_flush_writes_what_is_noted(tmp_path: Path) -> None:
+    async with kept(tmp_path) as world:
+        world.limits.note(row(1))
+        await world.limits.flush()
+        assert world.count("mlxd_usage_rows_pending") == 0

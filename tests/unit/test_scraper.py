@@ -25,7 +25,7 @@ from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.fakes import MEMORY, FakeBackend
 from tests.fakes_api import Client, FakeInfo, Service
-from tests.serving import make_key
+from tests.serving import make_key, opened
 from tests.token_authority import key_set, rsa_jwk, rsa_key
 
 pytestmark = pytest.mark.anyio
@@ -267,7 +267,7 @@ async def test_storage_and_issuers_are_as_they_are_now(tmp_path: Path) -> None:
     reader.read()
     assert metrics.registry.get_sample_value("mlxd_storage_up") == 0
     assert metrics.registry.get_sample_value("mlxd_jwks_keys", {"issuer": "acme"}) == 0
-    async with access.run():
+    async with opened(access):
         async with asyncio.timeout(10):
             while (
                 metrics.registry.get_sample_value("mlxd_jwks_keys", {"issuer": "acme"}) != 2

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,8 @@ from service import serve
 from service.console import OWN_KEY, Console, Credential, url
 from service.engine.backend import MemoryUse
 from service.engine.engine import EngineState, EngineStatus
-from service.listening import Listeners, listen
-from service.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_service import FakeApp, FakeEngine
+from tests.fake_service import FakeApp, FakeEngine, free_ports
 
 Start = Callable[..., "Running"]
 
@@ -33,13 +32,14 @@ Start = Callable[..., "Running"]
 class Running:
     """A fake service in a process of its own."""
 
-    def __init__(self, state_dir: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, state_dir: Path, options: tuple[str, ...], *, new_session: bool) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fake_service", str(state_dir), *options],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=new_session,
         )
         self.lines: list[str] = []
 
@@ -63,8 +63,8 @@ class Running:
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Running] = []
 
-    def begin(*options: str) -> Running:
-        started.append(Running(tmp_path, options))
+    def begin(*options: str, session: str = "") -> Running:
+        started.append(Running(tmp_path, options, new_session=session == "new"))
         return started[-1]
 
     yield begin
@@ -72,6 +72,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         if running.process.poll() is None:
             running.process.kill()
         running.process.communicate()
+
+
+IN_A_WINDOW = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv("/bin/sh", ["sh", "-c", sys.argv[1]])
+"""
+"""As a terminal's program begins: the leader of a session whose terminal is standard input; then a shell's command."""
 
 
 @contextmanager
@@ -145,8 +153,11 @@ def test_what_outlives_the_drain_timeout_ends_with_an_error_frame(start: Start) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_leaves_at_once_with_the_signals_code(start: Start, number: signal.Signals) -> None:
-    service = start("frames=100000")
+@pytest.mark.parametrize("supervised", ["", "yes"])
+def test_a_second_signal_leaves_at_once_with_the_signals_code_or_with_0_where_that_would_be_a_restart(
+    start: Start, number: signal.Signals, supervised: str
+) -> None:
+    service = start("frames=100000", f"supervised={supervised}")
     with streaming(service.ready()) as lines:
         service.process.send_signal(number)
         service.until("stopping")
@@ -154,8 +165,58 @@ def test_a_second_signal_leaves_at_once_with_the_signals_code(start: Start, numb
         with pytest.raises(httpx.HTTPError):
             list(lines)
     code, _, err = service.end()
-    assert code == 128 + number
-    assert "forced_exit" in err
+    assert code == (0 if supervised else 128 + number)
+    assert err.index("forced_exit") < err.index("store_closed")
+
+
+def test_a_hangup_without_a_terminal_opens_the_log_anew_and_the_service_goes_on(start: Start, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    service = start(f"log={log}", session="new")
+    url = service.ready()
+    rotated = log.rename(tmp_path / "log.0")
+    service.process.send_signal(signal.SIGHUP)
+    while not log.exists() or "keys_looked_at" not in log.read_text():
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert '"reloaded"' in log.read_text()
+    assert '"listening"' in rotated.read_text()
+    service.process.terminate()
+    assert service.end()[0] == 0
+    assert '"stopped"' in log.read_text()
+    assert '"reloaded"' not in rotated.read_text()
+
+
+@pytest.mark.parametrize(("supervised", "nohup"), [("", ""), ("yes", ""), ("", "nohup ")])
+def test_a_window_that_is_closed_stops_what_nobody_supervises(tmp_path: Path, supervised: str, nohup: str) -> None:
+    log = tmp_path / "log"
+    options = f"{tmp_path} log={log} supervised={supervised}"
+    program = f"exec {nohup}{shlex.quote(sys.executable)} -m tests.fake_service {options}"
+    output = tmp_path / "output"
+    window, theirs = pty.openpty()
+    with (
+        output.open("w") as out,
+        subprocess.Popen(
+            [sys.executable, "-c", IN_A_WINDOW, program],
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        ) as running,
+    ):
+        os.close(theirs)
+        while "ready on" not in output.read_text():
+            assert running.poll() is None, output.read_text()
+            time.sleep(0.01)
+        os.close(window)
+        if supervised or nohup:
+            while '"reloaded"' not in log.read_text():
+                assert running.poll() is None, log.read_text()
+                time.sleep(0.01)
+            running.terminate()
+        assert running.wait(20) == 0
+    told = log.read_text()
+    assert f'"signal": "SIG{"TERM" if supervised or nohup else "HUP"}"' in told
+    assert '"stopped"' in told
 
 
 def test_a_signal_while_loading_ends_with_code_0(start: Start) -> None:
@@ -248,57 +309,7 @@ def test_serve_can_be_imported_without_mlx() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
-def in_process(
-    engine: FakeEngine, tmp_path: Path, *, leave: Callable[[int], object], drain_timeout: float = 1.0
-) -> serve.Process:
-    settings = free_ports(tmp_path)
-    listeners = Listeners(settings, FakeApp(engine), listen(settings))
-    console = Console(io.StringIO(), url="http://127.0.0.1:0")
-    return serve.Process(listeners, engine, console, drain_timeout=drain_timeout, leave=leave)
-
-
-def free_ports(state_dir: Path) -> Settings:
-    return Settings.load(None, {"server.port": 0, "ops.bind": "127.0.0.1:0", "server.state_dir": state_dir})
-
-
-def test_a_generation_thread_that_does_not_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wedged(FakeEngine):
-        async def stop(self) -> None:
-            await asyncio.Event().wait()
-
-    async def scenario() -> list[int]:
-        left: list[int] = []
-        engine = Wedged()
-        process = in_process(engine, tmp_path, leave=left.append)
-        running = asyncio.create_task(process.run())
-        await engine.wait(EngineState.READY)
-        process._on_signal(signal.SIGTERM)
-        await running
-        return left
-
-    monkeypatch.setattr(serve, "STOP_TIMEOUT", 0.05)
-    assert asyncio.run(scenario()) == [0]
-
-
-def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario() -> tuple[int, list[int]]:
-        left: list[int] = []
-        engine = FakeEngine(drain_hangs=True)
-        process = in_process(engine, tmp_path, leave=left.append, drain_timeout=0.05)
-        running = asyncio.create_task(process.run())
-        await engine.wait(EngineState.READY)
-        process._on_signal(signal.SIGTERM)
-        process._on_signal(signal.SIGINT)
-        code = await running
-        assert engine.stopped
-        return code, left
-
-    monkeypatch.setattr(serve, "FLUSH_TIMEOUT", 0)
-    assert asyncio.run(scenario()) == (0, [130])
-
-
+@pytest.mark.usefixtures("_signals_as_they_were")
 def test_without_a_builder_the_applications_own_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = FakeEngine(fails="model")
     monkeypatch.setattr(serve, "_build", lambda _: FakeApp(engine))
