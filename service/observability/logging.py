@@ -62,8 +62,7 @@ def configure(
     Replaces the root logger's handlers; loggers of libraries keep none of their own and propagate. At most
     `queue_lines` lines wait to be written. Raises OSError for a file that cannot be opened.
     """
-    out = sys.stderr if stream is None else stream
-    terminal = file is None and out.isatty()
+    terminal = file is None and (stream or sys.stderr).isatty()
     as_json = fmt == "json" or (fmt == "auto" and not terminal)
     structlog.configure(
         processors=[
@@ -75,10 +74,7 @@ def configure(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    # Only a terminal is looked up anew: rich would take lines that go to a file to the terminal of its spinner.
-    outlet: Outlet = Stream(lambda: sys.stderr) if stream is None and terminal else _outlet(out)
-    if file is not None:
-        outlet = LogFile(file)
+    outlet = _outlet(stream) if file is None else LogFile(file)
     root = logging.getLogger()
     for former in _queued():
         former.flush()
@@ -202,7 +198,15 @@ def _queued() -> list[QueuedHandler]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, QueuedHandler)]
 
 
-def _outlet(stream: TextIO) -> Outlet:
+def _outlet(stream: TextIO | None) -> Outlet:
+    """Standard error, when no stream is given.
+
+    Only a terminal is looked up anew: rich would take lines that go to a file to the terminal of its spinner.
+    """
+    if stream is None:
+        if sys.stderr.isatty():
+            return Stream(lambda: sys.stderr)
+        stream = sys.stderr
     try:
         return Descriptor(stream.fileno())
     except (OSError, ValueError):  # it has none, or is closed

@@ -192,8 +192,11 @@ def test_one_process_is_drained_and_taken_back_rotated_and_reloaded(tiny_model_d
         a_rotation_under_load_loses_no_line_and_tears_none(site, process.pid)
         a_reload_that_fails_changes_nothing(site, process.pid)
         a_reload_changes_plans_issuers_and_level_and_names_what_waits(site, process.pid)
+        runs = Stream(site).under_way()
         process.terminate()
+        assert runs.end()["error"]["code"] == "draining", "an event, not a cut"
         assert process.wait(PATIENCE) == 0
+    assert site.recorded()[runs.request_id] == "draining"
 
 
 def an_operators_drain_ends_the_rest_with_a_typed_error_and_is_undone(site: Site) -> None:
@@ -263,7 +266,10 @@ def a_reload_changes_plans_issuers_and_level_and_names_what_waits(site: Site, pi
     refused = generate(site, max_tokens=10)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "exceeds_output_limit")
     assert httpx.get(f"{site.url}/v1/models", headers=token).status_code == 401
-    assert generate(site, max_tokens=5).status_code == 200
+    site.plan["max_output_tokens"] = BIG
+    site.write()
+    hang_up(site, pid)
+    assert generate(site, max_tokens=10).status_code == 200
 
 
 def hang_up(site: Site, pid: int) -> None:

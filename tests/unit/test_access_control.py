@@ -22,6 +22,7 @@ from service.storage import audit
 from service.storage.database import Database
 from tests.fakes import FakeBackend
 from tests.serving import Served, bearer, make_key, opened, served
+from tests.token_authority import key_set, rsa_jwk, rsa_key
 
 pytestmark = pytest.mark.anyio
 
@@ -188,3 +189,51 @@ async def test_what_cannot_be_written_into_the_audit_log_waits(tmp_path: Path) -
     await service.control.failures.flush()
     with pytest.raises(StorageUnavailable):
         await service._write_failures([])
+
+
+def issuer(folder: Path, name: str) -> dict[str, Any]:
+    (folder / f"{name}.json").write_bytes(key_set(rsa_jwk(rsa_key(), kid="a")))
+    return {
+        "name": name,
+        "issuer": f"https://{name}.test/",
+        "audience": "mlxd",
+        "algorithms": ["RS256"],
+        "jwks_file": folder / f"{name}.json",
+    }
+
+
+async def test_issuers_that_are_changed_are_there_at_once_and_those_that_are_gone_leave_no_series(
+    tmp_path: Path,
+) -> None:
+    metrics = Metrics()
+    before, after = ({"auth.issuers": [issuer(tmp_path, each)]} for each in ("old", "new"))
+    service = AccessService(settings_for(tmp_path, **before), metrics)
+    metrics.jwks_keys.labels("old").set(1)
+    async with opened(service):
+        put_in_force = service.prepared(settings_for(tmp_path, **after).auth)
+        assert [each.settings.name for each in service.control.issuers] == ["old"]
+        put_in_force()
+        await service.refresh()
+        assert [(each.settings.name, each.keys.health.keys) for each in service.control.issuers] == [("new", 1)]
+    assert metrics.registry.get_sample_value("mlxd_jwks_keys", {"issuer": "old"}) is None
+
+
+async def test_a_new_key_is_known_as_soon_as_everything_is_looked_at(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    service = AccessService(settings, Metrics())
+    async with opened(service):
+        key = make_key(settings, "models")
+        await service.refresh()
+        assert service._keys._snapshot.get(key.record.kid) is not None
+    await AccessService(settings_for(tmp_path, **{"auth.enabled": False}), Metrics()).refresh()
+
+
+async def test_what_was_noted_after_the_end_is_written_when_it_closes(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    service = AccessService(settings, Metrics())
+    async with service.run():
+        pass
+    service.control.failures.note(reason="missing", address="203.0.113.9", request_id="id")
+    for _ in range(2):
+        await service.close()
+    assert audited(settings)[-1][0] == "authentication_failed"
