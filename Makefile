@@ -75,6 +75,8 @@ debian-packages:
 	if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then missing="$$missing postgresql"; fi; \
 	if ! command -v redis-server >/dev/null; then missing="$$missing redis-server"; fi; \
 	if ! command -v promtool >/dev/null; then missing="$$missing prometheus"; fi; \
+	if ! command -v plistutil >/dev/null; then missing="$$missing libplist-utils"; fi; \
+	if ! command -v shellcheck >/dev/null; then missing="$$missing shellcheck"; fi; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages

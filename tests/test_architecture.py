@@ -25,7 +25,7 @@ LAYERS = (  # from top to bottom; a module imports only from lower lines and fro
     {"app", "console", "hangup", "leaving", "listening", "reload"},
     {"api"},
     {"inference"},
-    {"engine", "auth", "limits"},
+    {"engine", "auth", "limits", "launchd"},
     {"storage"},
     {"errors", "settings", "observability"},
 )

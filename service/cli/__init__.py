@@ -3,10 +3,12 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; not drained
+    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; `service`: a
+         plan failed, not ready, or not drained
     2    wrong usage of the command line
     69   the model cannot be had; the storage, or for `top` and `service` the service, cannot be asked
     70   the engine failed
+    77   `service` needs root
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain and nobody supervises
     143  as 130, by SIGTERM
@@ -24,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, drain, keys, token, top, usage
+from service.cli import db, keys, service as service_commands, token, top, usage
 from service.cli.context import explained, load_settings, prepare, settings_loader
 
 
@@ -59,16 +61,13 @@ def commands() -> typer.Typer:
     audit = group(name="audit", help="The audit log.")
     audit.command("verify")(db.audit_verify)
     audit.command("list")(db.audit_list)
-    running = group(name="service", help="The running service, or the installed one.")
-    running.command("drain")(drain.drain)
-    running.command("undrain")(drain.undrain)
-    app.add_typer(running)
     app.add_typer(model)
     app.add_typer(config)
     app.add_typer(storage)
     app.add_typer(audit)
     app.add_typer(token.commands())
     app.add_typer(keys.commands())
+    app.add_typer(service_commands.commands())
     return app
 
 
@@ -98,6 +97,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="TCP port, 0 for a free one; stronger than the configuration.")
     ] = None,
+    supervised: Annotated[
+        bool,
+        typer.Option("--supervised", help="A supervisor restarts what ends with another code than 0, as launchd does."),
+    ] = False,
 ) -> None:
     """Start the service in the foreground."""
     load = settings_loader(context, {"server.host": host, "server.port": port})
@@ -107,7 +110,7 @@ def serve(
     from service.serve import leave_now, run
 
     with explained():
-        code = run(settings, load=load)
+        code = run(settings, supervised=supervised, load=load)
     leave_now(code)
 
 

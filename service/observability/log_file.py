@@ -1,5 +1,6 @@
-"""The log as a file of ours, which others may rename: newsyslog does, and says so by SIGHUP.
+"""The log as a file of ours, which others may rename, as newsyslog does.
 
+Once another file is at the path, that is where the next lines go; SIGHUP says so too, and makes one that is not there.
 Rotation, counts and sizes are theirs. Lines that wait when it is opened anew go to the new file; none is cut in two.
 """
 
@@ -10,6 +11,7 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from service.observability.log_queue import Descriptor
@@ -43,10 +45,20 @@ class LogFile:
         """See `log_queue.Outlet`."""
         with self._lock:
             opened, self._next = self._next, None
+        if opened is None and self._replaced():
+            with suppress(OSError):  # then all goes on in the former file
+                opened = _open(self.path)
         if opened is not None:
             os.close(self._current)
             self._current, self._descriptor = opened, Descriptor(opened)
         return self._descriptor.write(lines)
+
+    def _replaced(self) -> bool:
+        """Whether another file is at the path. While none is there, somebody may be about to make it."""
+        try:
+            return not os.path.samestat(self.path.stat(), os.fstat(self._current))
+        except OSError:
+            return False
 
 
 def _open(path: Path) -> int:

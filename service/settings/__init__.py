@@ -231,7 +231,8 @@ def as_toml(values: Mapping[str, Any]) -> str:
     """A TOML text of dotted key -> value, grouped by section, each key under its description."""
     lines = []
     for section, group in sections().items():
-        lines.append(f"\n[{section}]")
+        if any(name.startswith(f"{section}.") for name in values):
+            lines.append(f"\n[{section}]")
         for key, field in group.model_fields.items():
             if (name := f"{section}.{key}") in values:
                 lines += [f"# {field.description}", f"{key} = {_toml_value(values[name])}"]

@@ -45,6 +45,27 @@ def test_after_a_rename_lines_follow_the_file_until_it_is_opened_anew(tmp_path: 
     assert (rotated.read_text(), path.read_text(), mode(path)) == ("a\nb\n", "c\nd\n", 0o600)
 
 
+def test_a_file_that_takes_its_place_is_written_to_though_nobody_told(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = LogFile(path)
+    log.write(["a\n"])
+    rotated = path.rename(tmp_path / "log.0")
+    (tmp_path / "new").write_text("made by newsyslog\n")
+    (tmp_path / "new").rename(path)
+    log.write(["b\n"])
+    log.write(["c\n"])
+    assert (rotated.read_text(), path.read_text()) == ("a\n", "made by newsyslog\nb\nc\n")
+
+
+def test_what_takes_its_place_and_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = LogFile(path)
+    rotated = path.rename(tmp_path / "log.0")
+    os.mkfifo(path)
+    assert log.write(["a\n"]) == 0
+    assert rotated.read_text() == "a\n"
+
+
 def test_one_that_cannot_be_opened_anew_goes_on_in_the_former(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
