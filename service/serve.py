@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -79,6 +80,9 @@ class App(Application, Protocol):
     @property
     def engine(self) -> EngineControl: ...
 
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch over engine and event loop until the block ends; what is stuck ends the process."""
+
     def open(self) -> DevelopmentKey | None:
         """Make ready what must be before the first request. Blocks. Raises ConfigurationError."""
 
@@ -104,7 +108,7 @@ def run(
     listeners = Listeners(settings, app, sockets)
     console = _console(settings, sockets, _credential(settings, app.open()))
     process = Process(listeners, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
-    with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
+    with app.watch(), asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
         return runner.run(process.run())
 
 

@@ -6,6 +6,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ class FakeApp:
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
+
+    def watch(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def open(self) -> None:
         """There is nobody to ask for a key here."""

@@ -72,6 +72,7 @@ class FakeBackend:
     rebuilds: int = 0
     closed: bool = False
     busy: bool = False
+    active: int = 0
     loaded: threading.Event = field(default_factory=threading.Event)
     inserted: threading.Event = field(default_factory=threading.Event)
     threads: set[int] = field(default_factory=set)
@@ -119,6 +120,7 @@ class FakeBackend:
                 if live.prefill == self.prefill_steps:
                     live.row.on_prefill(0)
                 live.prefill -= 1
+                result.prefill_tokens += len(live.row.prompt) // self.prefill_steps or 1
             elif self.failing(live.row):
                 del self.rows[uid]
                 result.failed.append((uid, RuntimeError("scripted")))
@@ -149,7 +151,10 @@ class FakeBackend:
         self.rows.clear()
 
     def memory(self) -> MemoryUse:
-        return MemoryUse()
+        return MemoryUse(active=self.active)
+
+    def release_pool(self) -> None:
+        """Of another thread: nothing here belongs to one."""
 
     def close(self) -> None:
         self._own()

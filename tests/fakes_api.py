@@ -61,6 +61,7 @@ class FakeEngine:
         self.detail = ""
         self.waiting = 0
         self.running = 0
+        self.progress_age: float | None = None
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -69,6 +70,7 @@ class FakeEngine:
             waiting=self.waiting,
             running=self.running,
             step_age=0.25,
+            progress_age=self.progress_age,
             memory=MemoryUse(active=10, peak=20, buffer_cache=3, prefix_cache=4, prefix_entries=1),
         )
 

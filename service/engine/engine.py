@@ -11,65 +11,35 @@ say arrives on the loop by `call_soon_threadsafe`.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from contextlib import suppress
 
 import structlog
 
 from service.engine.backend import Backend, MemoryUse, ModelInfo
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.canary import CanaryFailed
+from service.engine.generation import Delta, Generation, GenerationRequest
+from service.engine.priority import give_way
+from service.engine.progress import Phase, Progress
+from service.engine.state import EngineState, EngineStatus
 from service.engine.telemetry import Telemetry
-from service.engine.worker import CanaryFailed, Delivery, Worker
+from service.engine.worker import Delivery, Worker
 from service.errors import Draining, EngineFailed, ModelUnavailable, NotReady, ServiceError
 from service.settings import EngineSettings
+
+__all__ = ["Engine", "EngineState", "EngineStatus"]
 
 RETRY_LOADING = 5.0
 """Seconds after which a client may ask again while the model loads."""
 
-LOOP_WAITS = 0.001
-"""Seconds for which Python code on the generation thread may keep the interpreter from the event loop."""
-
-NICENESS = 10
-"""Of the generation thread and those that mlx starts from it (Linux, where niceness belongs to a thread)."""
+STEP_ENDS = 3.0
+"""Seconds within which the step in hand must end that others wait for; then they are told without it."""
 
 
 class _StoppedLoading(Exception):
     """The service stops while the model loads."""
-
-
-class EngineState(StrEnum):
-    STARTING = "starting"
-    WARMING = "warming"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatus:
-    """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason.
-
-    `held` rows are not given back; those that run are promised `reserved` bytes of `budget`. While it loads and
-    warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is unknown).
-    """
-
-    state: EngineState
-    detail: str
-    done: int = 0
-    total: int = 0
-    waiting: int
-    running: int
-    held: int = 0
-    reserved: int = 0
-    budget: int = 0
-    step_age: float | None
-    memory: MemoryUse
 
 
 class Engine:
@@ -82,13 +52,16 @@ class Engine:
         *,
         telemetry: Telemetry,
         clock: Callable[[], float] = time.monotonic,
+        canary_interval: float = 0.0,
     ) -> None:
         self.settings = settings
         self.clock = clock
+        self.progress = Progress(clock)
         self.info: ModelInfo | None = None
         self.failure: ServiceError | None = None
         self._backend = backend
         self._telemetry = telemetry
+        self._canary_interval = canary_interval
         self._log = structlog.get_logger("engine")
         self._state = EngineState.STARTING
         self._detail = "loading the model"
@@ -98,6 +71,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._stopping = threading.Event()
+        self._lost = False
         self._live: set[Generation] = set()
 
     @property
@@ -119,12 +93,14 @@ class Engine:
             reserved=reserved,
             budget=self.info.memory.budget if self.info else 0,
             step_age=self.clock() - worker.last_step if worker and worker.running else None,
+            progress_age=self.progress.age,
             memory=worker.memory if worker else MemoryUse(),
         )
 
     async def start(self) -> None:
         """Start the generation thread and return at once; loading goes on there."""
         self._loop = asyncio.get_running_loop()
+        self.progress.enter(Phase.LOADING)
         self._thread = threading.Thread(target=self._main, name="generation", daemon=True)
         self._thread.start()
 
@@ -178,9 +154,10 @@ class Engine:
         self._worker.refuse_waiting(error)
         if not await self._finished(timeout):
             self._worker.abort_running(error)
-            await self._finished(None)
+            if not await self._finished(STEP_ENDS):
+                self._end_live(error)
 
-    async def _finished(self, timeout: float | None) -> bool:
+    async def _finished(self, timeout: float) -> bool:
         """Wait until no generation is live; False when `timeout` seconds were not enough."""
         try:
             async with asyncio.timeout(timeout):
@@ -193,18 +170,46 @@ class Engine:
     async def stop(self) -> None:
         """End the generation thread and free the model; what still runs gets an error. Idempotent."""
         self._stopping.set()
-        if self._worker is not None:
+        if self._worker is not None and not self._lost:
             self._worker.stop()
-        if self._thread is not None:
+        if self._thread is not None and not self._lost:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
         if self._state is not EngineState.FAILED:
             self._set(EngineState.STOPPED, "stopped")
 
+    def lose(self, detail: str) -> None:
+        """The generation thread is stuck: `failed`, and everybody who waits is told so, on its behalf.
+
+        It is neither asked nor waited for any more: it may hold the worker's lock.
+        """
+        if self._state in {EngineState.FAILED, EngineState.STOPPED}:
+            return
+        self._lost = True
+        error = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
+        self._fail(error, detail)
+        self._end_live(error)
+
+    def _end_live(self, error: ServiceError) -> None:
+        """Tell every reader `error`, past a worker that does not."""
+        for generation in self._live:
+            generation.put(Delta(error=error))
+        self._live.clear()
+
+    # -- any thread ---------------------------------------------------------------------------------------
+
+    def tell(self, call: Callable[[], None]) -> bool:
+        """Run `call` on the event loop; False where none runs yet, or any more: nobody is left to tell."""
+        if self._loop is None or self._loop.is_closed():
+            return False
+        with suppress(RuntimeError):  # it closes at this moment
+            self._loop.call_soon_threadsafe(call)
+        return True
+
     # -- the generation thread ----------------------------------------------------------------------------
 
     def _main(self) -> None:
-        _give_way()
+        give_way()
         error: ServiceError = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         clean = False
         try:
@@ -216,18 +221,22 @@ class Engine:
         except _StoppedLoading:
             clean = True
         except CanaryFailed:
-            self._log.error("engine_failed")
+            pass
         finally:
             # Also on an exception nobody foresaw: no caller ever waits on a dead thread.
+            if not clean:
+                self._log.error("engine_failed", reason=error.message)
             if self._worker is not None:
                 self._worker.fail_all(Draining("The service is shutting down.") if clean else error)
             if not clean:
-                self._tell(lambda: self._fail(error))
+                self.tell(lambda: self._fail(error))
             self._backend.close()
+            self.progress.rest()
 
     def _serve(self) -> None:
         with self._telemetry.loading():
             info = self.info = self._backend.load(self._report_loading)
+        self.progress.enter(Phase.WARMING)
         self._report(EngineState.WARMING, "warming up")
         with self._telemetry.warming():
             self._backend.warm_up(
@@ -238,29 +247,25 @@ class Engine:
             info,
             self.settings,
             clock=self.clock,
-            deliver=lambda batch: self._tell(lambda: self._deliver(batch)),
+            deliver=lambda batch: self.tell(lambda: self._deliver(batch)),
             telemetry=self._telemetry,
+            progress=self.progress,
+            canary_interval=self._canary_interval,
         )
         self._report(EngineState.READY, "ready")
         self._worker.run()
 
     def _report_loading(self, what: str, done: int, total: int) -> None:
         """Tell the loop how far a download or conversion is. Any thread may; raises nothing through its code."""
-        self._tell(lambda: self._progress(EngineState.STARTING, what, done, total))
+        self.progress.reported()
+        self.tell(lambda: self._progress(EngineState.STARTING, what, done, total))
 
     def _report(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
         """Tell the loop how far warm-up is; ends it when the service stops meanwhile."""
         if self._stopping.is_set():
             raise _StoppedLoading
-        self._tell(lambda: self._progress(state, detail, done, total))
-
-    def _tell(self, call: Callable[[], None]) -> None:
-        """Run `call` on the event loop; a loop that has closed has nobody left to tell."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call)
-        except RuntimeError:
-            self._log.info("loop_closed")
+        self.progress.reported()
+        self.tell(lambda: self._progress(state, detail, done, total))
 
     # -- on the loop --------------------------------------------------------------------------------------
 
@@ -278,9 +283,9 @@ class Engine:
         if self._state in {EngineState.STARTING, EngineState.WARMING} and not late:
             self._set(state, detail, done, total)
 
-    def _fail(self, error: ServiceError) -> None:
+    def _fail(self, error: ServiceError, detail: str = "") -> None:
         self.failure = error
-        self._set(EngineState.FAILED, error.message)
+        self._set(EngineState.FAILED, detail or error.message)
 
     def _set(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
         self._state, self._detail, self._done, self._total = state, detail, done, total
@@ -290,10 +295,3 @@ class Engine:
         """Wake everybody who waits for a change; each looks for itself."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _give_way() -> None:
-    """Let the event loop run first where both want the CPU: on mlx's CPU backend this thread takes all it gets."""
-    sys.setswitchinterval(LOOP_WAITS)
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,40 @@
+"""What the engine is at, as probes and metrics see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from service.engine.backend import MemoryUse
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """A snapshot for probes and metrics. Ages are in seconds; `detail` is the progress or the reason.
+
+    `held` rows are not given back; those that run are promised `reserved` bytes of `budget`. While it loads and
+    warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is unknown).
+    `step_age` is since the last step ended while rows run, `progress_age` since anything came of work that is there.
+    """
+
+    state: EngineState
+    detail: str
+    done: int = 0
+    total: int = 0
+    waiting: int
+    running: int
+    held: int = 0
+    reserved: int = 0
+    budget: int = 0
+    step_age: float | None
+    progress_age: float | None = None
+    memory: MemoryUse
