@@ -58,7 +58,7 @@ class Outcome:
 def run_cells(cells: list[tuple[str, str]], folder: Path, *, at_once: int) -> list[Outcome]:
     """Run the cells, `at_once` of them side by side."""
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda cell: run_cell(*cell, folder / "-".join(cell)), cells))
+        return list(pool.map(lambda cell: run_cell(cell[0], cell[1], folder / "-".join(cell)), cells))
 
 
 def run_cell(fault: str, phase: str, folder: Path) -> Outcome:
@@ -84,7 +84,7 @@ def run_cell(fault: str, phase: str, folder: Path) -> Outcome:
             process.send_signal(signal.SIGTERM)
             _until(lambda: '"draining"' in (folder / "log").read_text("utf-8"))
         (folder / "strike").touch()
-        _until(lambda: (folder / "struck").exists())
+        _until((folder / "struck").exists)
         if fault == "raise" and phase != "draining":  # nobody is to die of it
             for client in clients:
                 client.result(TIMEOUT)
@@ -165,9 +165,7 @@ def _whole(url: str) -> str:
     return "200" if answer.status_code == 200 else f"{answer.status_code} {answer.json()['error']['code']}"
 
 
-def _outcome(
-    fault: str, phase: str, folder: Path, got: list[str], *, code: int, end: float, start: float
-) -> Outcome:
+def _outcome(fault: str, phase: str, folder: Path, got: list[str], *, code: int, end: float, start: float) -> Outcome:
     log = (folder / "log").read_text("utf-8")
     struck = float((folder / "struck").read_text())
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]

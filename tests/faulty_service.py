@@ -117,7 +117,9 @@ class FaultyBackend(FakeBackend):
 def main(state_dir: str, fault: str, phase: str) -> int:
     configure(level="info", fmt="json")
     log_uncaught()
-    settings = Settings.load(None, {**json.loads(Path(state_dir, "settings").read_text()), "server.state_dir": Path(state_dir)})
+    settings = Settings.load(
+        None, {**json.loads(Path(state_dir, "settings").read_text()), "server.state_dir": Path(state_dir)}
+    )
     backend = FaultyBackend(state_dir=Path(state_dir), fault=fault, phase=phase)
     if phase == "prefill":
         backend.prefill_steps = 100_000
