@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,17 @@ class Outcome:
     waiting: str
     events: list[str]
     watch: str
-    metrics: list[list[Any]]
+    counted: dict[str, float]
+    """Metrics, as the process left them; nothing where it had no time to tell."""
     code: int
     detected: float | None
     ended: float
     start: float
     log: str
+
+    @property
+    def cell(self) -> str:
+        return f"{self.fault} x {self.phase}"
 
 
 def run_cells(cells: list[tuple[str, str]], folder: Path, *, at_once: int) -> list[Outcome]:
@@ -85,12 +91,11 @@ def run_cell(fault: str, phase: str, folder: Path) -> Outcome:
             _until(lambda: '"draining"' in (folder / "log").read_text("utf-8"))
         (folder / "strike").touch()
         _until((folder / "struck").exists)
-        if fault == "raise" and phase != "draining":  # nobody is to die of it
-            for client in clients:
-                client.result(TIMEOUT)
-            _until(lambda: '"step_failed"' in (folder / "log").read_text("utf-8"))
-            process.send_signal(signal.SIGTERM)
         got = [client.result(TIMEOUT) for client in clients]
+        if fault == "raise" and phase != "draining":  # the service is to live on
+            _until(lambda: '"step_failed"' in (folder / "log").read_text("utf-8"))
+            assert _readyz(url)["ready"]
+            process.send_signal(signal.SIGTERM)
         code, end = ended.result(TIMEOUT)
     return _outcome(fault, phase, folder, got, code=code, end=end, start=start)
 
@@ -140,7 +145,7 @@ def _until(condition: Any) -> None:
 
 def _stream(url: str, begun: threading.Event) -> str:
     """How a stream ends: `done`, an error's code, or `cut`."""
-    body = {"prompt": "hello", "max_tokens": 1000, "temperature": 0, "stream": True}
+    body = {"prompt": "a prompt that is long enough " * 2, "max_tokens": 1000, "temperature": 0, "stream": True}
     last = "nothing"
     try:
         with httpx.stream("POST", f"{url}/generate", json=body, timeout=TIMEOUT) as answer:
@@ -159,7 +164,7 @@ def _stream(url: str, begun: threading.Event) -> str:
 
 def _whole(url: str) -> str:
     try:
-        answer = httpx.post(f"{url}/generate", json={"prompt": "hello", "max_tokens": 3}, timeout=TIMEOUT)
+        answer = httpx.post(f"{url}/generate", json={"prompt": "hi", "max_tokens": 3}, timeout=TIMEOUT)
     except httpx.TransportError:
         return "cut"
     return "200" if answer.status_code == 200 else f"{answer.status_code} {answer.json()['error']['code']}"
@@ -179,7 +184,7 @@ def _outcome(fault: str, phase: str, folder: Path, got: list[str], *, code: int,
         waiting=got[1] if got else "",
         events=[*dict.fromkeys(line["event"] for line in found), *texts],
         watch=next((line["watch"] for line in found if "watch" in line), ""),
-        metrics=json.loads(counted.read_text()) if counted.exists() else [],
+        counted=json.loads(counted.read_text()) if counted.exists() else {},
         code=code,
         detected=round(_seconds(found[0]) - struck, 2) if found else None,
         ended=round(end - struck, 2),
@@ -189,6 +194,4 @@ def _outcome(fault: str, phase: str, folder: Path, got: list[str], *, code: int,
 
 
 def _seconds(line: dict[str, Any]) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(line["timestamp"]).timestamp()

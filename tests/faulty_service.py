@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from service.app import App, build
-from service.engine.backend import StepResult
+from service.engine.backend import Row, StepResult
 from service.engine.canary import CANARY_UID
 from service.observability.logging import configure, flush, log_uncaught
 from service.serve import leave_now, run
@@ -26,6 +26,11 @@ from tests.fakes import FakeBackend
 
 PACE = 0.005
 """Seconds of a step, so that a stream lasts."""
+
+LONG = 20
+"""Tokens from which on a prompt takes long to read, where the fault strikes in prefill."""
+
+COUNTED = ("mlxd_watchdog_trips_total", "mlxd_internal_errors_total", "mlxd_request_failure_total")
 
 LEAK = 1 << 28
 """Bytes by which live arrays grow with each step; the fake model's budget is four times as much."""
@@ -39,29 +44,21 @@ class FaultyBackend(FakeBackend):
     fault: str = ""
     phase: str = ""
     tell: Callable[[Callable[[], None]], object] = lambda _: None
-    afflicted: bool = False
-    strikes: dict[str, Callable[[], StepResult]] = field(init=False)
+    struck: bool = False
 
-    def __post_init__(self) -> None:
-        self.strikes = {
-            "hang": self.hang,
-            "hold": self.hold,
-            "livelock": StepResult,
-            "leak": self.leak,
-            "abort": self.abort,
-            "raise": self.fail_once,
-            "fail": self.fail,
-            "die": self.die,
-            "loop": self.block_the_loop,
-        }
+    def insert(self, row: Row) -> None:
+        super().insert(row)
+        if len(row.prompt) < LONG:
+            self.rows[row.uid].prefill = 0
+            row.on_prefill(0)
 
     def step(self) -> StepResult:
         time.sleep(PACE)
-        if not self.afflicted and self.due():
-            self.afflicted = True
+        if not self.struck and self.due():
+            self.struck = True
             flush()
             (self.state_dir / "struck").write_text(str(time.time()))
-        return self.strikes[self.fault]() if self.afflicted else super().step()
+        return self.strike() if self.struck else super().step()
 
     def due(self) -> bool:
         if not (self.state_dir / "strike").exists():
@@ -75,43 +72,30 @@ class FaultyBackend(FakeBackend):
             case _:
                 return any(row.sampled for row in rows)
 
-    def hang(self) -> StepResult:
-        """As native code that waits for a device without the interpreter lock."""
-        threading.Event().wait()
-        raise AssertionError
-
-    def hold(self) -> StepResult:
-        """As native code that waits with the interpreter lock: no Python runs any more."""
-        while True:
-            ctypes.PyDLL(None).sleep(3600)
-
-    def leak(self) -> StepResult:
-        self.active += LEAK
+    def strike(self) -> StepResult:  # noqa: C901 - a case for each fault
+        match self.fault:
+            case "hang":  # native code that waits without the interpreter lock
+                threading.Event().wait()
+            case "hold":  # native code that waits with it: no Python runs any more
+                while True:
+                    ctypes.PyDLL(None).sleep(3600)
+            case "livelock":
+                return StepResult()
+            case "leak":
+                self.active += LEAK
+            case "abort":  # as Metal does in a completion handler
+                os.abort()
+            case "raise":
+                self.fault = "none"
+                raise RuntimeError("scripted")
+            case "fail":
+                raise RuntimeError("scripted")
+            case "die":
+                raise SystemExit("scripted")
+            case "loop":  # not the engine, but what holds up everybody
+                self.fault = "none"
+                self.tell(lambda: time.sleep(3600))
         return super().step()
-
-    def abort(self) -> StepResult:
-        """As Metal does in a completion handler."""
-        os.abort()
-
-    def fail_once(self) -> StepResult:
-        self.fault = "none"
-        self.strikes["none"] = super().step
-        raise RuntimeError("scripted")
-
-    def fail(self) -> StepResult:
-        raise RuntimeError("scripted")
-
-    def die(self) -> StepResult:
-        raise SystemExit("scripted")
-
-    def block_the_loop(self) -> StepResult:
-        self.fail_once_quietly()
-        self.tell(lambda: time.sleep(3600))
-        return super().step()
-
-    def fail_once_quietly(self) -> None:
-        self.fault = "none"
-        self.strikes["none"] = super().step
 
 
 def main(state_dir: str, fault: str, phase: str) -> int:
@@ -122,7 +106,7 @@ def main(state_dir: str, fault: str, phase: str) -> int:
     )
     backend = FaultyBackend(state_dir=Path(state_dir), fault=fault, phase=phase)
     if phase == "prefill":
-        backend.prefill_steps = 100_000
+        backend.prefill_steps = 100_000  # minutes
     made: list[App] = []
 
     def over_faults(given: Settings) -> App:
@@ -132,12 +116,15 @@ def main(state_dir: str, fault: str, phase: str) -> int:
         return app
 
     code = run(settings, build=over_faults)
-    series = made[0].engine._telemetry._metrics.registry.collect()
-    samples = [sample for family in series for sample in family.samples if sample.value]
-    told = ("mlxd_watchdog_trips_total", "mlxd_internal_errors_total", "mlxd_request_failure_total")
-    counted = [[sample.name, *sample.labels.values(), sample.value] for sample in samples if sample.name in told]
-    Path(state_dir, "counted").write_text(json.dumps(counted))
+    Path(state_dir, "counted").write_text(json.dumps(_counted(made[0])))
     return code
+
+
+def _counted(app: App) -> dict[str, float]:
+    """What the last scrape would have shown of the faults."""
+    series = app.engine._telemetry._metrics.registry.collect()
+    samples = (sample for family in series for sample in family.samples if sample.value and sample.name in COUNTED)
+    return {f"{sample.name}{{{', '.join(sample.labels.values())}}}": sample.value for sample in samples}
 
 
 if __name__ == "__main__":
