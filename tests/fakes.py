@@ -1,6 +1,6 @@
 """A scripted backend for the real engine: deterministic tokens, and faults at chosen steps.
 
-It generates bytes of `tests.tiny.byte_tokenizer`. Only for faults and timing; what a user would see is tested
+It generates bytes of `tests.byte_tokens.byte_tokenizer`. Only for faults and timing; what a user would see is tested
 on real models.
 """
 
@@ -15,7 +15,7 @@ from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.generation import FinishReason
 from service.engine.memory import LayerGroup, MemoryModel
 from service.engine.tokenizer import Tokenizer
-from tests.tiny import CONTROL_TOKENS, byte_tokenizer
+from tests.byte_tokens import CONTROL_TOKENS, byte_tokenizer
 
 EOS = CONTROL_TOKENS.index("<|im_end|>")
 MEMORY = MemoryModel(budget=1 << 30, layers=(LayerGroup(16),))

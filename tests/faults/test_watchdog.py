@@ -32,7 +32,7 @@ RUNNING = {"leak": "generation_failed", "raise": "generation_failed", "fail": "g
 FIRST_EVENT = {
     **dict.fromkeys(("hang", "livelock", "loop"), "watchdog_tripped"),
     **dict.fromkeys(("raise", "fail"), "step_failed"),
-    "hold": "Timeout (0:00:0",
+    "hold": "Timeout (0:0",
     "leak": "memory_overgrown",
     "abort": "Fatal Python error: Aborted",
     "die": "engine_failed",
