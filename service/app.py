@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ from service.auth.access_control import AccessControl, AccessService, Developmen
 from service.engine.backend import Backend
 from service.engine.engine import Engine
 from service.engine.telemetry import Telemetry
+from service.engine.watchdog import Watchdog
 from service.inference import Inference
 from service.limits.limiter import Limits
 from service.limits.usage_report import UsageReports
@@ -70,11 +71,16 @@ class App:
     access: AccessService
     limits: Limits
     reloads: Reloads
+    watchdog: Watchdog
 
     @property
     def operations(self) -> ASGIApp:
         """What the operator's listener serves of it."""
         return for_operators(self.asgi)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch over the engine and its loop until the block ends; what is stuck ends the process."""
+        return self.watchdog.run()
 
     def open(self) -> DevelopmentKey | None:
         """Reach the database before the first request; returns the development key where there is one.
@@ -112,7 +118,10 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         from service.engine.mlx_backend import MlxBackend
 
         backend = MlxBackend(settings)
-    engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
+    counters = Telemetry(metrics)
+    canary_interval = settings.watchdog.canary_interval
+    engine = Engine(backend, settings.engine, telemetry=counters, canary_interval=canary_interval)
+    watchdog = Watchdog(engine, settings.watchdog, telemetry=counters, release_memory=backend.release_pool)
     otlp = _open_telemetry(settings, metrics, engine.clock)
     exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
     counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
@@ -130,9 +139,10 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         reloads=reloads,
         running=_running(access, limits, inference, watch, otlp),
         tracing=None if otlp is None else otlp.tracing,
+        loop_age=lambda: watchdog.loop_age,
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
-    return App(asgi, engine, bounded_protocol(policy), access, limits, reloads)
+    return App(asgi, engine, bounded_protocol(policy), access, limits, reloads, watchdog)
 
 
 def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> OpenTelemetry | None:
@@ -189,11 +199,13 @@ def create_app(
     jitter: Callable[[], float] = random.random,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.perf_counter,
+    loop_age: Callable[[], float] = lambda: 0.0,
 ) -> FastAPI:
     """Build the application over objects that the caller made.
 
     `running` is entered when the server starts and left when it has stopped answering. `now` is wall time,
-    `clock` monotonic; both, ids and jitter are parameters so that tests need not wait or patch.
+    `clock` monotonic; both, ids and jitter are parameters so that tests need not wait or patch. `loop_age` is how
+    old the event loop's heartbeat is.
     """
     state = AppState(
         settings=settings,
@@ -203,13 +215,14 @@ def create_app(
         errors=ErrorRenderer(jitter),
         access=access,
         limits=limits,
-        scraper=Scraper(settings, metrics, engine=engine, limits=limits, access=access),
+        scraper=Scraper(settings, metrics, engine=engine, limits=limits, access=access, loop_age=loop_age),
         token_rate=TokenRate(metrics),
         reloads=reloads or Reloads(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
         new_id=new_id,
         now=now,
         started=int(now()),
+        loop_age=loop_age,
     )
     return _assemble(state, running or nullcontext(), _middleware(state, clock, tracing))
 

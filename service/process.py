@@ -21,6 +21,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +85,9 @@ class App(Application, Reloadable, Protocol):
 
     @property
     def reloads(self) -> Reloads: ...
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch over engine and event loop until the block ends; what is stuck ends the process."""
 
     def open(self) -> DevelopmentKey | None:
         """Make ready what must be before the first request. Blocks. Raises ConfigurationError."""

@@ -58,7 +58,7 @@ def run(
         hangups=hangups,
         guard=(guard := StopGuard(leave)),
     )
-    with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
+    with app.watch(), asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
         code = runner.run(process.run())
     guard.disarm()
     return code

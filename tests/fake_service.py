@@ -6,6 +6,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ class FakeApp:
         """What ended, in order."""
         self.close_hangs = False
         self.looked = 0
+
+    def watch(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def open(self) -> None:
         """There is nobody to ask for a key here."""

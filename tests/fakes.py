@@ -1,6 +1,6 @@
 """A scripted backend for the real engine: deterministic tokens, and faults at chosen steps.
 
-It generates bytes of `tests.tiny.byte_tokenizer`. Only for faults and timing; what a user would see is tested
+It generates bytes of `tests.byte_tokens.byte_tokenizer`. Only for faults and timing; what a user would see is tested
 on real models.
 """
 
@@ -15,7 +15,7 @@ from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.generation import FinishReason
 from service.engine.memory import LayerGroup, MemoryModel
 from service.engine.tokenizer import Tokenizer
-from tests.tiny import CONTROL_TOKENS, byte_tokenizer
+from tests.byte_tokens import CONTROL_TOKENS, byte_tokenizer
 
 EOS = CONTROL_TOKENS.index("<|im_end|>")
 MEMORY = MemoryModel(budget=1 << 30, layers=(LayerGroup(16),))
@@ -72,6 +72,7 @@ class FakeBackend:
     rebuilds: int = 0
     closed: bool = False
     busy: bool = False
+    active: int = 0
     loaded: threading.Event = field(default_factory=threading.Event)
     inserted: threading.Event = field(default_factory=threading.Event)
     threads: set[int] = field(default_factory=set)
@@ -119,6 +120,7 @@ class FakeBackend:
                 if live.prefill == self.prefill_steps:
                     live.row.on_prefill(0)
                 live.prefill -= 1
+                result.prefill_tokens += len(live.row.prompt) // self.prefill_steps or 1
             elif self.failing(live.row):
                 del self.rows[uid]
                 result.failed.append((uid, RuntimeError("scripted")))
@@ -149,7 +151,10 @@ class FakeBackend:
         self.rows.clear()
 
     def memory(self) -> MemoryUse:
-        return MemoryUse()
+        return MemoryUse(active=self.active)
+
+    def release_pool(self) -> None:
+        """Of another thread: nothing here belongs to one."""
 
     def close(self) -> None:
         self._own()

@@ -61,6 +61,7 @@ class FakeEngine:
         self.detail = ""
         self.waiting = 0
         self.running = 0
+        self.progress_age: float | None = None
         self.drain_for_good: bool | None = None
 
     def begin_drain(self, timeout: float, *, for_good: bool) -> None:
@@ -78,6 +79,7 @@ class FakeEngine:
             waiting=self.waiting,
             running=self.running,
             step_age=0.25,
+            progress_age=self.progress_age,
             memory=MemoryUse(active=10, peak=20, buffer_cache=3, prefix_cache=4, prefix_entries=1),
             drain_for_good=self.drain_for_good,
         )

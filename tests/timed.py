@@ -11,6 +11,7 @@ from typing import Any
 
 from service.engine.backend import Row, StepResult
 from service.engine.generation import Delta, Generation, GenerationRequest
+from service.engine.progress import Progress
 from service.engine.telemetry import Telemetry
 from service.engine.worker import Worker
 from service.observability.metrics import Metrics
@@ -82,6 +83,7 @@ class ByHand:
         self.clock = backend.clock
         self.said: dict[Generation, list[Delta]] = {}
         self.metrics = Metrics()
+        self.progress = Progress(backend.clock)
         self.worker = Worker(
             backend,
             backend.load(),
@@ -89,6 +91,7 @@ class ByHand:
             clock=backend.clock,
             deliver=self._deliver,
             telemetry=Telemetry(self.metrics),
+            progress=self.progress,
         )
 
     def _deliver(self, batch: Sequence[tuple[Generation, Delta]]) -> None:

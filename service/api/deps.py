@@ -51,6 +51,8 @@ class AppState(TypedDict):
     now: Callable[[], float]
     """Seconds since the epoch."""
     started: int
+    loop_age: Callable[[], float]
+    """Seconds since the event loop last answered the watchdog."""
 
 
 class RequestState(AppState):

@@ -1,6 +1,7 @@
 """Probes. Public: they say whether to send work here, and nothing about anybody's work.
 
 Dead, busy and stuck are different answers: a full queue is busy, and busy is healthy.
+Stuck is work that nothing comes of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Readiness(TypedDict):
     running: int
     waiting: int
     step_age_seconds: float | None
+    progress_age_seconds: float | None
+    event_loop_age_seconds: float
 
 
 def loaded(engine: Engine) -> bool:
@@ -37,11 +40,19 @@ def loaded(engine: Engine) -> bool:
     return engine.info is not None and engine.state not in (EngineState.FAILED, EngineState.STOPPED)
 
 
+def stuck(state: RequestState, status: EngineStatus) -> bool:
+    """Whether a ready engine has had work for so long without progress that it may be lost: busy is something else."""
+    limit = state["settings"].watchdog.suspect_after
+    return status.state is EngineState.READY and 0 < limit < (status.progress_age or 0.0)
+
+
 def reasons(state: RequestState, status: EngineStatus) -> list[str]:
     """What keeps requests from being served; nothing when they are."""
     found = []
     if status.state is not EngineState.READY:
         found += [f"the engine is {status.state.value}", *([status.detail] if status.detail else [])]
+    if stuck(state, status):
+        found.append(f"the engine has made no progress for {status.progress_age:.0f} s")
     if not state["access"].ready():
         found.append("credentials cannot be verified: the storage was not reached yet")
     return found
@@ -49,9 +60,11 @@ def reasons(state: RequestState, status: EngineStatus) -> list[str]:
 
 async def health(engine: EngineDep, state: StateDep) -> Response:
     """200 when requests would be served, else 503 with the same two fields."""
-    ready = not reasons(state, engine.status())
-    waiting_for = engine.state.value if engine.state is not EngineState.READY else "storage"
-    body: Health = {"status": "ok" if ready else waiting_for, "model_loaded": loaded(engine)}
+    status = engine.status()
+    ready = not reasons(state, status)
+    waiting_for = "stalled" if stuck(state, status) else "storage"
+    word = waiting_for if status.state is EngineState.READY else status.state.value
+    body: Health = {"status": "ok" if ready else word, "model_loaded": loaded(engine)}
     return JSONResponse(body, 200 if ready else 503)
 
 
@@ -73,6 +86,8 @@ async def readyz(engine: EngineDep, state: StateDep) -> Response:
         "running": status.running,
         "waiting": status.waiting,
         "step_age_seconds": status.step_age,
+        "progress_age_seconds": status.progress_age,
+        "event_loop_age_seconds": state["loop_age"](),
     }
     return JSONResponse(body, 503 if why_not else 200)
 

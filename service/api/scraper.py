@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 
 from service import __version__
@@ -25,13 +26,21 @@ class Scraper:
     """
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, *, engine: Engine, limits: Limits, access: AccessControl
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        engine: Engine,
+        limits: Limits,
+        access: AccessControl,
+        loop_age: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._engine = engine
         self._limits = limits
         self._access = access
+        self._loop_age = loop_age
         self._versions = (__version__, platform.python_version(), version("mlx"), version("mlx-lm"))
         self._dropped = 0
         self._rendering: dict[str, asyncio.Task[bytes]] = {}
@@ -55,6 +64,7 @@ class Scraper:
         metrics = self._metrics
         self._read_engine(self._engine.status())
         metrics.reservations_open.set(self._limits.open)
+        metrics.loop_age.set(self._loop_age())
         up = self._access.storage_up()
         if up is not None:
             metrics.set_known(metrics.storage_up, up)
@@ -76,6 +86,7 @@ class Scraper:
             (metrics.requests_waiting, status.waiting),
             (metrics.rows_held, status.held),
             (metrics.step_age, status.step_age or 0.0),
+            (metrics.progress_age, status.progress_age or 0.0),
             (metrics.memory_active, memory.active),
             (metrics.memory_peak, memory.peak),
             (metrics.memory_buffer_cache, memory.buffer_cache),

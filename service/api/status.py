@@ -43,6 +43,8 @@ class Status(TypedDict):
     requests: Part
     tokens_per_second: Part | None
     step_age_seconds: float | None
+    progress_age_seconds: float | None
+    event_loop_age_seconds: float
     memory: Part
     prefix_cache: Part
     limits: Part
@@ -71,6 +73,8 @@ async def status(state: StateDep) -> Status:
         "requests": _requests(state, engine),
         "tokens_per_second": None if rate is None else asdict(rate),
         "step_age_seconds": engine.step_age,
+        "progress_age_seconds": engine.progress_age,
+        "event_loop_age_seconds": state["loop_age"](),
         "memory": _memory(engine),
         "prefix_cache": {
             "bytes": engine.memory.prefix_cache,

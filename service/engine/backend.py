@@ -60,7 +60,10 @@ class Token:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step did. Rows in `failed` have left the batch; their exception is theirs alone."""
+    """What one step did. Rows in `failed` have left the batch; their exception is theirs alone.
+
+    `copies`: pieces of work between steps (a layer joined, moved or grown) that were done.
+    """
 
     tokens: list[Token] = field(default_factory=list)
     failed: list[tuple[int, Exception]] = field(default_factory=list)
@@ -68,6 +71,12 @@ class StepResult:
     prefill_seconds: float = 0.0
     decode_rows: int = 0
     decode_seconds: float = 0.0
+    copies: int = 0
+
+    @property
+    def fruitful(self) -> bool:
+        """Whether anything came of it that brings a row nearer to its end."""
+        return bool(self.tokens or self.failed or self.prefill_tokens or self.copies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +132,9 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryUse:
         """Current memory figures; cheap."""
+
+    def release_pool(self) -> None:
+        """Give freed buffers back to the system while the generation thread is lost. Any thread; may block."""
 
     def close(self) -> None:
         """Free the model and every array, whatever state they are in. The backend is not used afterwards."""

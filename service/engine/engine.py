@@ -20,16 +20,19 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import structlog
 
 from service.engine.backend import Backend, MemoryUse, ModelInfo
+from service.engine.canary import CanaryFailed
 from service.engine.drain import Drain
-from service.engine.generation import Generation, GenerationRequest
+from service.engine.generation import Delta, Generation, GenerationRequest
 from service.engine.priority import give_way
+from service.engine.progress import Phase, Progress
 from service.engine.states import EngineState, EngineStatus
 from service.engine.telemetry import Telemetry
-from service.engine.worker import CanaryFailed, Delivery, Worker
+from service.engine.worker import Delivery, Worker
 from service.errors import Draining, EngineFailed, ModelUnavailable, NotReady, ServiceError
 from service.settings import EngineSettings
 
@@ -53,13 +56,16 @@ class Engine:
         *,
         telemetry: Telemetry,
         clock: Callable[[], float] = time.monotonic,
+        canary_interval: float = 0.0,
     ) -> None:
         self.settings = settings
         self.clock = clock
+        self.progress = Progress(clock)
         self.info: ModelInfo | None = None
         self.failure: ServiceError | None = None
         self._backend = backend
         self._telemetry = telemetry
+        self._canary_interval = canary_interval
         self._log = structlog.get_logger("engine")
         self._state = EngineState.STARTING
         self._detail = "loading the model"
@@ -69,6 +75,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._stopping = threading.Event()
+        self._lost = False
         self._live: set[Generation] = set()
         self._drain: Drain | None = None
 
@@ -92,6 +99,7 @@ class Engine:
             reserved=reserved,
             budget=self.info.memory.budget if self.info else 0,
             step_age=self.clock() - worker.last_step if worker and worker.running else None,
+            progress_age=self.progress.age,
             memory=worker.memory if worker else MemoryUse(),
             drain_for_good=None if drain is None else drain.for_good,
         )
@@ -99,6 +107,7 @@ class Engine:
     async def start(self) -> None:
         """Start the generation thread and return at once; loading goes on there."""
         self._loop = asyncio.get_running_loop()
+        self.progress.enter(Phase.LOADING)
         self._thread = threading.Thread(target=self._main, name="generation", daemon=True)
         self._thread.start()
 
@@ -137,7 +146,7 @@ class Engine:
 
     def _cancel(self, generation: Generation) -> None:
         self._live.discard(generation)
-        if self._worker is not None:
+        if self._worker is not None and not self._lost:
             self._worker.cancel(generation)
         if not self._live:
             self._notify()  # a drain may be waiting for nobody else
@@ -182,13 +191,41 @@ class Engine:
     async def stop(self) -> None:
         """End the generation thread and free the model; what still runs gets an error. Idempotent."""
         self._stopping.set()
-        if self._worker is not None:
+        if self._worker is not None and not self._lost:
             self._worker.stop()
-        if self._thread is not None:
+        if self._thread is not None and not self._lost:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
         if self._state is not EngineState.FAILED:
             self._set(EngineState.STOPPED, "stopped")
+
+    def lose(self, detail: str) -> None:
+        """The generation thread is stuck: `failed`, and everybody who waits is told so, on its behalf.
+
+        It is neither asked nor waited for any more: it may hold the worker's lock.
+        """
+        if self._state in {EngineState.FAILED, EngineState.STOPPED}:
+            return
+        self._lost = True
+        error = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
+        self._fail(error, detail)
+        self._end_live(error)
+
+    def _end_live(self, error: ServiceError) -> None:
+        """Tell every reader `error`, past a worker that does not."""
+        for generation in self._live:
+            generation.put(Delta(error=error))
+        self._live.clear()
+
+    # -- any thread ---------------------------------------------------------------------------------------
+
+    def tell(self, call: Callable[[], None]) -> bool:
+        """Run `call` on the event loop; False where none runs yet, or any more: nobody is left to tell."""
+        if self._loop is None or self._loop.is_closed():
+            return False
+        with suppress(RuntimeError):  # it closes at this moment
+            self._loop.call_soon_threadsafe(call)
+        return True
 
     # -- the generation thread ----------------------------------------------------------------------------
 
@@ -205,18 +242,22 @@ class Engine:
         except _StoppedLoading:
             clean = True
         except CanaryFailed:
-            self._log.error("engine_failed")
+            pass
         finally:
             # Also on an exception nobody foresaw: no caller ever waits on a dead thread.
+            if not clean:
+                self._log.error("engine_failed", reason=error.message)
             if self._worker is not None:
                 self._worker.fail_all(Draining("The service is shutting down.") if clean else error)
             if not clean:
-                self._tell(lambda: self._fail(error))
+                self.tell(lambda: self._fail(error))
             self._backend.close()
+            self.progress.rest()
 
     def _serve(self) -> None:
         with self._telemetry.loading():
             info = self.info = self._backend.load(self._report_loading)
+        self.progress.enter(Phase.WARMING)
         self._report(EngineState.WARMING, "warming up")
         with self._telemetry.warming():
             self._backend.warm_up(
@@ -227,29 +268,25 @@ class Engine:
             info,
             self.settings,
             clock=self.clock,
-            deliver=lambda batch: self._tell(lambda: self._deliver(batch)),
+            deliver=lambda batch: self.tell(lambda: self._deliver(batch)),
             telemetry=self._telemetry,
+            progress=self.progress,
+            canary_interval=self._canary_interval,
         )
         self._report(EngineState.READY, "ready")
         self._worker.run()
 
     def _report_loading(self, what: str, done: int, total: int) -> None:
         """Tell the loop how far a download or conversion is. Any thread may; raises nothing through its code."""
-        self._tell(lambda: self._progress(EngineState.STARTING, what, done, total))
+        self.progress.reported()
+        self.tell(lambda: self._progress(EngineState.STARTING, what, done, total))
 
     def _report(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
         """Tell the loop how far warm-up is; ends it when the service stops meanwhile."""
         if self._stopping.is_set():
             raise _StoppedLoading
-        self._tell(lambda: self._progress(state, detail, done, total))
-
-    def _tell(self, call: Callable[[], None]) -> None:
-        """Run `call` on the event loop; a loop that has closed has nobody left to tell."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call)
-        except RuntimeError:
-            self._log.info("loop_closed")
+        self.progress.reported()
+        self.tell(lambda: self._progress(state, detail, done, total))
 
     # -- on the loop --------------------------------------------------------------------------------------
 
@@ -267,9 +304,9 @@ class Engine:
         if self._state in {EngineState.STARTING, EngineState.WARMING} and not late:
             self._set(state, detail, done, total)
 
-    def _fail(self, error: ServiceError) -> None:
+    def _fail(self, error: ServiceError, detail: str = "") -> None:
         self.failure = error
-        self._set(EngineState.FAILED, error.message)
+        self._set(EngineState.FAILED, detail or error.message)
 
     def _set(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
         self._state, self._detail, self._done, self._total = state, detail, done, total

@@ -130,3 +130,4 @@ class Plan:
     remove: list[int] = field(default_factory=list)
     insert: list[Row] = field(default_factory=list)
     room: int = 0
+    canary: bool = False

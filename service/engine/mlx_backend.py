@@ -80,9 +80,8 @@ class MlxBackend:
         """Run the shapes of traffic once and learn what a step costs."""
         self.pacer.calibrate(Warmup(self, self._settings.engine, clock=self._clock).run(progress))
         self.rebuild()
-        self._log.info(
-            "warmed_up", **{name: float(f"{seconds:.2g}") for name, seconds in asdict(self.pacer.costs).items()}
-        )
+        costs = asdict(self.pacer.costs).items()
+        self._log.info("warmed_up", **{name: float(f"{seconds:.2g}") for name, seconds in costs})
 
     @property
     def max_rows(self) -> int:
@@ -114,7 +113,7 @@ class MlxBackend:
         chore = self._chore or self._next_chore()
         if self._decode is not None and plan.decode and (chore is None or self._decode.launched):
             self._emit(self._decode, result, load, ahead=self._ahead and chore is None and not load.cohort)
-        if not self._work_off(began):
+        if not self._work_off(began, result):
             return result
         if (
             self._prefill is not None
@@ -122,7 +121,7 @@ class MlxBackend:
             and (chore is None or self.pacer.chunk_fits(load, self._clock() - began))
         ):
             self._prefill_once(self._prefill, plan.chunk, result)
-            if not self._work_off(began):
+            if not self._work_off(began, result):
                 return result
         if self._ahead and self._decode is not None and plan.launch and not self._decode.launched:
             self._launch(self._decode)
@@ -186,13 +185,14 @@ class MlxBackend:
 
     # -- chores: copies between steps, one layer at a time -------------------------------------------------
 
-    def _work_off(self, began: float) -> bool:
+    def _work_off(self, began: float, result: StepResult) -> bool:
         """Go on with chores for the rest of the step, one layer at least; True when none is left."""
         while True:
             if self._chore is None and not (self._decode and self._decode.launched):
                 self._chore = self._next_chore()
             if self._chore is None:
                 return True
+            result.copies += 1
             if next(self._chore, DONE) is DONE:
                 self._chore = None
             elif self._clock() - began >= self.pacer.target / 2:
@@ -273,8 +273,7 @@ class MlxBackend:
         """Forget every row and prefix; the model stays."""
         self._waiting.clear()
         self._forming.clear()
-        self._prefill = self._decode = None
-        self._chore = None
+        self._prefill = self._decode = self._chore = None
         self._gone.clear()
         self._prefixes.clear()
         mx.clear_cache()
@@ -288,6 +287,9 @@ class MlxBackend:
             prefix_entries=len(self._prefixes),
             batch=self._decode.nbytes if self._decode else 0,
         )
+
+    def release_pool(self) -> None:
+        mx.clear_cache()
 
     def close(self) -> None:
         """Free rows, prefixes, weights and mlx's buffer pool, and end mlx's streams of this thread.

@@ -1,4 +1,4 @@
-"""Which of the process's threads goes first."""
+"""The generation thread beside the others of the process."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ class EngineStatus:
 
     `held` rows are not given back; those that run are promised `reserved` bytes of `budget`. While it loads and
     warms, `done` of `total` of what `detail` names are over (bytes, files or stages; `total` 0 is unknown).
+    `step_age` is since the last step ended while rows run, `progress_age` since anything came of work that is there.
     `drain_for_good` is None where nothing drains.
     """
 
@@ -36,5 +37,6 @@ class EngineStatus:
     reserved: int = 0
     budget: int = 0
     step_age: float | None
+    progress_age: float | None = None
     memory: MemoryUse
     drain_for_good: bool | None = None

@@ -61,6 +61,10 @@ class Telemetry:
         else:
             self._metrics.request_failure.labels(reason).inc()
 
+    def tripped(self, watch: str) -> None:
+        """The watchdog ends the process."""
+        self._metrics.watchdog_trips.labels(watch).inc()
+
     def internal_error(self, where: str) -> None:
         """A broad except caught something."""
         self._metrics.internal_errors.labels(where).inc()

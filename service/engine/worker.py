@@ -13,29 +13,26 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from service.engine.admission import Admission
-from service.engine.backend import Backend, MemoryUse, ModelInfo, Row, StepResult
+from service.engine.backend import Backend, MemoryUse, ModelInfo, StepResult
+from service.engine.canary import Canary
 from service.engine.foresight import Foresight
-from service.engine.generation import Delta, FinishReason, Generation, SamplingParams
+from service.engine.generation import Delta, FinishReason, Generation
 from service.engine.jobs import Job, Orders, Plan
 from service.engine.lineup import Lineup
+from service.engine.progress import Phase, Progress
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
 from service.errors import DeadlineExceeded, GenerationFailed, ServiceError
 from service.settings import EngineSettings
 
-CANARY_UID = -1
-CANARY_STEPS = 8
-"""Steps within which the canary's one token must come."""
-
 Delivery = tuple[Generation, Delta]
 
 
-class CanaryFailed(Exception):
-    """The engine cannot generate a token for itself any more."""
-
-
 class Worker:
-    """Serves a loaded backend until told to stop. `run` belongs to the generation thread."""
+    """Serves a loaded backend until told to stop. `run` belongs to the generation thread.
+
+    After `canary_interval` seconds without work it generates a token for itself; 0: never.
+    """
 
     def __init__(
         self,
@@ -44,8 +41,10 @@ class Worker:
         settings: EngineSettings,
         *,
         clock: Callable[[], float],
-        deliver: Callable[[Sequence[Delivery]], None],
+        deliver: Callable[[Sequence[Delivery]], object],
         telemetry: Telemetry,
+        progress: Progress,
+        canary_interval: float = 0.0,
     ) -> None:
         self._backend = backend
         self._info = info
@@ -64,6 +63,9 @@ class Worker:
         self._orders = Orders()
         self._over: ServiceError | None = None
         self._outbox: list[Delivery] = []
+        self._progress = progress
+        self._canary = Canary(backend, info, telemetry=telemetry, progress=progress)
+        self._canary_interval = canary_interval or None
         self.last_step = clock()
         self.memory = MemoryUse()
         telemetry.capacity(rows=rows, queue=settings.max_queue)
@@ -89,6 +91,7 @@ class Worker:
                 job.meter.submitted_at = now
                 job.meter.expected_at = None if expected is None else now + expected
                 self._uids[job.generation] = uid
+            self._progress.queued()
             self._wake.notify()
 
     def _in_batch(self) -> list[Job]:
@@ -169,25 +172,39 @@ class Worker:
     def _turn(self) -> bool:
         """One pass of admit, step, deliver. False when told to stop."""
         with self._wake:
-            while not (self._orders or self._jobs or self._backend.busy):
-                self._wake.wait()
+            canary = self._rest()
+            self._progress.enter(Phase.PLANNING)
             if self._orders.stop:
                 return False
-            plan = self._plan()
+            plan = self._plan(canary=canary)
+            wanted = bool(self._jobs)
         self._flush()
+        self._progress.enter(Phase.STEPPING)
         result = self._step(plan)
+        self._progress.enter(Phase.DELIVERING)
         with self._wake:
             stopped = self._collect(result)
             self.last_step = self._clock()
+            self._progress.stepped(fruitful=result.fruitful, wanted=wanted)
         self._flush()
         self._backend.remove(stopped, keep_prefix=True)
+        if self._canary.overgrown(self._backend.memory()):
+            self._recover()
         self.memory = self._backend.memory()
         return True
 
-    def _plan(self) -> Plan:
+    def _rest(self) -> bool:
+        """Wait for something to do; True when nothing came for so long that the canary is due."""
+        while not (self._orders or self._jobs or self._backend.busy):
+            self._progress.rest()
+            if not self._wake.wait(self._canary_interval):
+                return not (self._orders or self._jobs)
+        return False
+
+    def _plan(self, *, canary: bool) -> Plan:
         """Carry out cancels, aborts and deadlines in the books, admit who fits; the backend follows."""
         orders, self._orders = self._orders, Orders()
-        plan = Plan()
+        plan = Plan(canary=canary)
         self._admission.held_bytes = self.memory.batch
         for uid in orders.cancelled:
             if uid in self._jobs:
@@ -214,6 +231,8 @@ class Worker:
                 self._backend.make_room(plan.room)
             for row in plan.insert:
                 self._backend.insert(row)
+            if plan.canary:
+                self._canary.sing()
             began = self._clock()
             result = self._backend.step()
         except Exception as error:  # noqa: BLE001  the worker step: whatever mlx raises fails these rows only
@@ -234,23 +253,7 @@ class Worker:
             for uid in self._admission.running_uids():
                 self._end(uid, failed.code, Delta(error=failed))
         self._flush()
-        try:
-            self._backend.rebuild()
-            alive = self._canary()
-        except Exception as error:  # the worker step: a canary that fails in any way is final
-            self._log.error("canary_failed", exc_info=error)
-            self._telemetry.internal_error("canary")
-            raise CanaryFailed from error
-        if not alive:
-            raise CanaryFailed
-
-    def _canary(self) -> bool:
-        """Generate one token for nobody."""
-        prompt = (min(self._info.eos_token_ids, default=0),)
-        greedy = SamplingParams(temperature=0)
-        self._backend.insert(Row(uid=CANARY_UID, prompt=prompt, max_tokens=1, sampling=greedy, tenant=""))
-        steps = (self._backend.step() for _ in range(CANARY_STEPS))
-        return any(token.uid == CANARY_UID for result in steps for token in result.tokens)
+        self._canary.judge()
 
     def _collect(self, result: StepResult) -> list[int]:
         """Turn a step's tokens into deltas; returns the rows that a stop string ended."""

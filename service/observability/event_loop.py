@@ -21,6 +21,40 @@ TOO_LATE = 0.25
 """Seconds of standing still after which the log says where."""
 
 
+class Heartbeat:
+    """Whether an event loop answers, asked from another thread, one question at a time. `clock` is monotonic.
+
+    `tell` has a call run on the loop, and neither waits nor raises; False where there is no loop to run it.
+    """
+
+    def __init__(self, tell: Callable[[Callable[[], None]], bool], *, clock: Callable[[], float]) -> None:
+        self._tell = tell
+        self._clock = clock
+        self._asked: float | None = None
+        self._answered = clock()
+
+    def ask(self) -> None:
+        """Ask, unless an answer is due. One thread."""
+        if self._asked is None:
+            self._asked = self._clock()
+            if not self._tell(self._answer):
+                self._asked = None
+
+    def _answer(self) -> None:
+        self._answered, self._asked = self._clock(), None
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last answer. Any thread."""
+        return self._clock() - self._answered
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which an answer is due: 0 when none is. Any thread."""
+        asked = self._asked
+        return 0.0 if asked is None else self._clock() - asked
+
+
 class LoopWatch:
     """A timer on the loop that measures its own lateness, and a thread that looks at the loop while it stands still.
 

@@ -108,6 +108,12 @@ class Metrics:
         self.step_age = gauge(
             "mlxd_engine_step_age_seconds", "Seconds since the engine last finished a step or was idle."
         )
+        self.progress_age = gauge(
+            "mlxd_engine_progress_age_seconds", "Seconds for which the engine has had work and nothing came of it."
+        )
+        self.watchdog_trips = counter(
+            "mlxd_watchdog_trips", "Times the watchdog has begun to end the process.", ("watch",)
+        )
         self.engine_state = gauge("mlxd_engine_state", "1 for the engine's state.", ("state",))
         self.model_load_seconds = gauge("mlxd_model_load_seconds", "Seconds that loading the model took.")
         self.model_warmup_seconds = gauge("mlxd_model_warmup_seconds", "Seconds that warming up took.")
@@ -201,6 +207,9 @@ class Metrics:
             "Seconds by which a timer of the event loop was late.",
             buckets=LAG_SECONDS,
             registry=self.registry,
+        )
+        self.loop_age = gauge(
+            "mlxd_event_loop_heartbeat_age_seconds", "Seconds since the event loop last answered the watchdog."
         )
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
         self.config_reloads = counter("mlxd_config_reloads", "Reloads of the configuration, by outcome.", ("outcome",))

@@ -36,6 +36,7 @@ from service.settings.groups import (
     OpsSettings,
     ServerSettings,
     StorageSettings,
+    WatchdogSettings,
     is_loopback,
 )
 from service.settings.issuers import IssuerSettings
@@ -61,6 +62,7 @@ __all__ = [
     "Settings",
     "StorageSettings",
     "TracingSettings",
+    "WatchdogSettings",
     "forget_outside_telemetry",
     "is_loopback",
     "private_tmpdir",
@@ -82,6 +84,7 @@ class Settings(BaseSettings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
     auth: AuthSettings = Field(default_factory=AuthSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
     limits: LimitsSettings = Field(default_factory=LimitsSettings)

@@ -133,6 +133,28 @@ class EngineSettings(Group):
     )
 
 
+class WatchdogSettings(Group):
+    stall_timeout: float = Field(
+        120.0, ge=0, description="Seconds of work without a token or a piece of prompt after which it exits; 0: never."
+    )
+    start_timeout: float = Field(
+        900.0,
+        ge=0,
+        description="The same while the model is fetched, loaded and warmed, between two reports; 0: never.",
+    )
+    loop_timeout: float = Field(
+        60.0, ge=0, description="Seconds for which the event loop, or the interpreter, may stand still; 0: for ever."
+    )
+    canary_interval: float = Field(
+        0.0, ge=0, description="Seconds without work after which the engine generates a token for itself; 0: never."
+    )
+
+    @property
+    def suspect_after(self) -> float:
+        """Seconds without progress after which the service is not ready, though the engine may yet go on; 0: never."""
+        return self.stall_timeout / 4
+
+
 class LogSettings(Group):
     level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."

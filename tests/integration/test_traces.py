@@ -28,10 +28,10 @@ from service.observability.metrics import Metrics
 from service.observability.otlp import CLOSE_TIMEOUT, Collector as Target
 from service.observability.tracing import Tracing
 from service.settings import Settings
+from tests.byte_tokens import CONTROL_TOKENS, byte_tokenizer
 from tests.fakes import FakeBackend
 from tests.otlp_collector import Collector, Manner, attributes_of, otlp_collector
 from tests.serving import Running, bearer, make_key, served, started
-from tests.tiny import CONTROL_TOKENS, byte_tokenizer
 from tests.unit.test_tracing import RECORD
 
 CALLER = "4bf92f3577b34da6a3ce929d0e0e4736"

@@ -56,6 +56,8 @@ async def test_it_tells_state_load_and_memory() -> None:
         },
         "tokens_per_second": None,
         "step_age_seconds": 0.25,
+        "progress_age_seconds": None,
+        "event_loop_age_seconds": 0.0,
         "memory": {
             "active": 10,
             "peak": 20,

@@ -51,11 +51,20 @@ def request(
 
 @asynccontextmanager
 async def running(
-    backend: FakeBackend, *, clock: Callable[[], float] | None = None, metrics: Metrics | None = None, **options: Any
+    backend: FakeBackend,
+    *,
+    clock: Callable[[], float] | None = None,
+    metrics: Metrics | None = None,
+    canary_interval: float = 0.0,
+    **options: Any,
 ) -> AsyncIterator[Engine]:
     """An engine that is ready; at the end it must hold nothing."""
     engine = Engine(
-        backend, EngineSettings(**options), telemetry=Telemetry(metrics or Metrics()), clock=clock or Clock()
+        backend,
+        EngineSettings(**options),
+        telemetry=Telemetry(metrics or Metrics()),
+        clock=clock or Clock(),
+        canary_interval=canary_interval,
     )
     await engine.start()
     await engine.wait(EngineState.READY, EngineState.FAILED)
@@ -381,6 +390,20 @@ async def test_drain_ends_what_outlasts_its_timeout_with_a_typed_error() -> None
         gate.release(5000)  # as many as it takes until the loop has come to draining
         assert isinstance((await drained(runs)).error, Draining)
         await draining
+
+
+async def test_drain_tells_them_also_when_the_step_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.engine.STEP_ENDS", 0.01)
+    gate = threading.Semaphore(0)
+    async with running(FakeBackend(gate=gate)) as engine:
+        (runs,) = engine.submit([request(max_tokens=FOREVER)])
+        gate.release(4)
+        await runs.read()
+        await engine.drain(0)
+        while not (whole := await runs.read()).final:
+            pass
+        assert isinstance(whole.error, Draining)
+        runs.close()
 
 
 async def test_drain_ends_when_the_last_client_leaves_or_is_refused() -> None:

@@ -11,8 +11,9 @@ from jinja2 import TemplateError
 
 from service.engine.tokenizer import TextStream, Tokenizer
 from service.errors import InvalidRequest, ModelUnavailable
+from tests.byte_tokens import CONTROL_TOKENS, byte_tokenizer
 from tests.fakes import fake_tokenizer
-from tests.tiny import CONTROL_TOKENS, byte_tokenizer, write_tokenizer
+from tests.tiny import write_tokenizer
 
 TOKENIZER = fake_tokenizer()
 
