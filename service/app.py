@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -46,6 +47,9 @@ from service.observability.metrics import Metrics
 from service.observability.request_metrics import RequestMetrics, no_exemplar
 from service.observability.token_rate import TokenRate
 from service.settings import ConfigurationError, Settings
+from service.supervision.attempts import ONCE, Attempts
+from service.supervision.policy import Verdict
+from service.supervision.start import Start
 
 if TYPE_CHECKING:  # these need an extra
     from service.observability.otlp import OpenTelemetry
@@ -83,16 +87,24 @@ class App:
         return self.access.development_key
 
 
-def build(settings: Settings, backend: Backend | None = None) -> App:
-    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError."""
+def build(
+    settings: Settings, backend: Backend | None = None, *, start: Start | None = None, attempts: Attempts = ONCE
+) -> App:
+    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError.
+
+    `start` is what is known of this start, and `attempts` how the model is loaded.
+    """
+    start = start or Start(settings)
     metrics = Metrics()
+    _tell_start(metrics, start.verdict)
     access = AccessService(settings, metrics)
     limits = Limits(settings, metrics, access.control.storage if settings.auth.enabled else None)
     if backend is None:
+        from service.engine.loading import load_model
         from service.engine.mlx_backend import MlxBackend
 
-        backend = MlxBackend(settings)
-    engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
+        backend = MlxBackend(settings, load=partial(load_model, room=start.room))
+    engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics), attempts=attempts)
     otlp = _open_telemetry(settings, metrics, engine.clock)
     exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
     counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
@@ -108,9 +120,15 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         limits=limits,
         running=_running(access, limits, inference, watch, otlp),
         tracing=None if otlp is None else otlp.tracing,
+        start=start,
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
     return App(asgi, engine, bounded_protocol(policy), access, limits)
+
+
+def _tell_start(metrics: Metrics, verdict: Verdict) -> None:
+    metrics.safe_mode.set(bool(verdict.safe_mode))
+    metrics.recent_deaths.set_function(lambda: verdict.died_recently(time.time()))
 
 
 def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> OpenTelemetry | None:
@@ -162,6 +180,7 @@ def create_app(
     limits: Limits,
     running: AbstractAsyncContextManager[object] | None = None,
     tracing: Tracing | None = None,
+    start: Start | None = None,
     new_id: Callable[[], str] = new_id,
     jitter: Callable[[], float] = random.random,
     now: Callable[[], float] = time.time,
@@ -183,6 +202,7 @@ def create_app(
         scraper=Scraper(settings, metrics, engine=engine, limits=limits, access=access),
         token_rate=TokenRate(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
+        start=start or Start(settings),
         new_id=new_id,
         now=now,
         started=int(now()),

@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ from typing import NoReturn, Protocol
 from service.console import OWN_KEY, Console, Credential, url
 from service.engine.engine import EngineState, EngineStatus
 from service.errors import ModelUnavailable, ServiceError
-from service.listening import FLUSH_TIMEOUT, Application, CannotListen, Listeners, Sockets, listen
+from service.listening import FLUSH_TIMEOUT, Application, CannotListen, LateSockets, Listeners, Sockets, listen
 from service.observability.logging import get_logger
 from service.settings import Settings
+from service.supervision.attempts import Attempts
+from service.supervision.start import Start, prepare
 
 _log = get_logger(__name__)
 
@@ -87,25 +90,40 @@ def run(
     settings: Settings,
     build: Callable[[Settings], App] | None = None,
     leave: Callable[[int], object] | None = None,
+    *,
+    supervised: bool = False,
 ) -> int:
     """Serve until told to stop; returns the process's exit code. Must be called on the main thread.
 
     `leave` ends the process on the spot, for a second signal and for a generation thread that does not end.
-    Raises ConfigurationError for what only shows when it is used, such as a certificate.
+    `supervised`: what may pass is waited for, and what will not ends with 0. Raises ConfigurationError for what only
+    shows when it is used, such as a certificate.
     """
+    start = prepare(settings, supervised=supervised)
+    settings = start.settings
+    start.begin()
+    if start.verdict.give_up:
+        return start.end(os.EX_OK, start.verdict.give_up)
     try:
-        sockets = listen(settings)
+        sockets = LateSockets(settings) if supervised else listen(settings)
     except CannotListen as error:
         sys.stderr.write(f"mlxd: {error}\n")
         return EX_CANNOT_LISTEN
-    if leave is None:
-        leave = leave_now
-    app = (build or _build)(settings)
+    attempts = start.attempts(sockets.missing) if isinstance(sockets, LateSockets) else start.attempts()
+    app = _build(start, attempts) if build is None else build(settings)
     listeners = Listeners(settings, app, sockets)
     console = _console(settings, sockets, _credential(settings, app.open()))
-    process = Process(listeners, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
+    process = Process(
+        listeners,
+        app.engine,
+        console,
+        drain_timeout=settings.engine.drain_timeout,
+        leave=start.leaving(leave or leave_now),
+        ready=start.ready,
+    )
     with asyncio.Runner(loop_factory=listeners.loop_factory) as runner:
-        return runner.run(process.run())
+        code = runner.run(process.run())
+    return start.end(code, "" if app.engine.failure is None else app.engine.failure.message)
 
 
 def leave_now(code: int) -> NoReturn:
@@ -128,25 +146,29 @@ def _flush() -> None:
             stream.flush()
 
 
-def _build(settings: Settings) -> App:
+def _build(start: Start, attempts: Attempts) -> App:
     from service.app import build  # the first import of mlx
 
-    return build(settings)
+    return build(start.settings, start=start, attempts=attempts)
 
 
-def _console(settings: Settings, sockets: Sockets, credential: Credential | None) -> Console:
+def _console(settings: Settings, sockets: Sockets | LateSockets, credential: Credential | None) -> Console:
     """Tells the addresses as they came to be: a port that was 0 has a number now."""
     server, ops = settings.server, settings.ops
     tls = server.tls_certificate is not None
     operators = None
-    if ops.address is not None and sockets.ops is not None:
-        operators = url(ops.address[0], sockets.ops.getsockname()[1], tls=tls and not ops.loopback)
+    if ops.address is not None:
+        operators = url(ops.address[0], _port(sockets.ops, ops.address[1]), tls=tls and not ops.loopback)
     return Console(
         sys.stdout,
-        url=url(server.host, sockets.public.getsockname()[1], tls=tls),
+        url=url(server.host, _port(sockets.public, server.port), tls=tls),
         ops=operators,
         credential=credential,
     )
+
+
+def _port(had: socket.socket | None, wanted: int) -> int:
+    return wanted if had is None else int(had.getsockname()[1])
 
 
 def _credential(settings: Settings, key: DevelopmentKey | None) -> Credential | None:
@@ -157,7 +179,7 @@ def _credential(settings: Settings, key: DevelopmentKey | None) -> Credential | 
 
 
 class Process:
-    """One run of the service, from listening sockets to an exit code."""
+    """One run of the service, from listening sockets to an exit code. A thread calls `ready` when it serves."""
 
     def __init__(
         self,
@@ -167,12 +189,14 @@ class Process:
         *,
         drain_timeout: float,
         leave: Callable[[int], object],
+        ready: Callable[[], object] = bool,
     ) -> None:
         self._listeners = listeners
         self._engine = engine
         self._console = console
         self._drain_timeout = drain_timeout
         self._leave = leave
+        self._ready = ready
         self._draining: asyncio.Task[None] | None = None
         self._exit_code = os.EX_OK
 
@@ -184,6 +208,7 @@ class Process:
             beside = [
                 asyncio.create_task(self._console.follow(self._engine.status), name="console"),
                 asyncio.create_task(self._end_with_engine(), name="end-with-engine"),
+                asyncio.create_task(self._tell_ready(), name="tell-ready"),
             ]
             if not await self._listeners.serve():
                 self._exit_code = os.EX_SOFTWARE
@@ -231,6 +256,10 @@ class Process:
         self._exit_code = os.EX_UNAVAILABLE if missing else os.EX_SOFTWARE
         self._console.failed(self._engine.status())
         self._listeners.close()
+
+    async def _tell_ready(self) -> None:
+        await self._engine.wait(EngineState.READY)
+        await asyncio.to_thread(self._ready)
 
     async def _stop(self) -> None:
         try:

@@ -26,6 +26,7 @@ from service.limits.usage_report import UsageReports
 from service.observability.metrics import Metrics
 from service.observability.token_rate import TokenRate
 from service.settings import Settings
+from service.supervision.start import Start
 
 if TYPE_CHECKING:  # it needs an extra
     from service.observability.tracing import RequestTrace
@@ -45,6 +46,7 @@ class AppState(TypedDict):
     token_rate: TokenRate
     usage: UsageReports | None
     """None where no usage is kept."""
+    start: Start
     new_id: Callable[[], str]
     now: Callable[[], float]
     """Seconds since the epoch."""

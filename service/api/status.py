@@ -36,6 +36,7 @@ class Status(TypedDict):
     started_at: int
     uptime_seconds: float
     log_level: str
+    start: Part
     model: Part | None
     requests: Part
     tokens_per_second: Part | None
@@ -62,6 +63,7 @@ async def status(state: StateDep) -> Status:
         "started_at": state["started"],
         "uptime_seconds": max(0.0, state["now"]() - state["started"]),
         "log_level": current_level(),
+        "start": _start(state),
         "model": _model(state["engine"].info, loaded(state["engine"])),
         "requests": _requests(state, engine),
         "tokens_per_second": None if rate is None else asdict(rate),
@@ -76,6 +78,15 @@ async def status(state: StateDep) -> Status:
         "storage": _storage(state),
         "issuers": _issuers(state),
         "redis": None if shared is None else {"up": shared},
+    }
+
+
+def _start(state: RequestState) -> Part:
+    start = state["start"]
+    return {
+        "supervised": start.supervised,
+        "safe_mode": start.verdict.safe_mode or None,
+        "died_recently": start.verdict.died_recently(state["now"]()),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 
 from service.cli import db, keys, token, top, usage
-from service.cli.context import explained, load_settings, prepare
+from service.cli.context import explained, load_settings, prepare, staying_down
 
 
 class Format(StrEnum):
@@ -94,14 +94,19 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="TCP port, 0 for a free one; stronger than the configuration.")
     ] = None,
+    supervised: Annotated[
+        bool,
+        typer.Option("--supervised", help="A supervisor restarts what ends with another code than 0, as launchd does."),
+    ] = False,
 ) -> None:
     """Start the service in the foreground."""
-    settings = load_settings(context, {"server.host": host, "server.port": port})
-    prepare(settings)
+    explain = partial(staying_down, context.obj) if supervised else explained
+    settings = load_settings(context, {"server.host": host, "server.port": port}, explain=explain)
+    prepare(settings, explain=explain)
     from service.serve import leave_now, run
 
-    with explained():
-        code = run(settings)
+    with explain():
+        code = run(settings, supervised=supervised)
     leave_now(code)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,26 +14,53 @@ import typer
 if TYPE_CHECKING:
     from service.settings import Settings
 
+Explain = Callable[[], AbstractContextManager[None]]
 
-def load_settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """The settings of all layers, the command line's `overrides` (None: not given) included."""
+
+def load_settings(
+    context: typer.Context, overrides: Mapping[str, Any] | None = None, *, explain: Explain | None = None
+) -> Settings:
+    """The settings of all layers, the command line's `overrides` (None: not given) included.
+
+    `explain` tells what is wrong with them, and ends the command.
+    """
     from service.settings import Settings
 
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    with explained():
+    with (explain or explained)():
         return Settings.load(context.obj, given)
 
 
-def prepare(settings: Settings) -> None:
+def prepare(settings: Settings, *, explain: Explain | None = None) -> None:
     """What must be true of the process before mlx and fastapi are imported."""
     from service.observability.logging import configure, log_uncaught
     from service.settings import forget_outside_telemetry, private_tmpdir
 
-    with explained():
+    with (explain or explained)():
         private_tmpdir(settings.server.state_dir)
     forget_outside_telemetry()
     configure(level=settings.log.level, fmt=settings.log.format, queue_lines=settings.log.queue_lines)
     log_uncaught()
+
+
+@contextmanager
+def staying_down(config: Path | None) -> Iterator[None]:
+    """Turn a configuration error into one line of the log, the reason in the ledger of starts, and exit code 0: another
+    start of a supervisor's would end alike."""
+    from service.observability.logging import configure, flush, get_logger
+    from service.settings import ConfigurationError, Settings
+    from service.supervision.starts import StartLedger
+
+    try:
+        yield
+    except ConfigurationError as error:
+        if not logging.getLogger().handlers:  # it is the logging's own section that may be wrong
+            configure()
+        reasons = str(error).splitlines()
+        get_logger(__name__).error("stays_down", reason="the configuration cannot be used", problems=reasons)
+        StartLedger(Settings.state_dir_of(config)).refuse(f"configuration: {'; '.join(reasons)}")
+        flush()
+        raise typer.Exit(os.EX_OK) from None
 
 
 @contextmanager

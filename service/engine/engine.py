@@ -11,31 +11,26 @@ say arrives on the loop by `call_soon_threadsafe`.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import structlog
 
 from service.engine.backend import Backend, MemoryUse, ModelInfo
 from service.engine.generation import Generation, GenerationRequest
+from service.engine.priority import give_way
 from service.engine.telemetry import Telemetry
 from service.engine.worker import CanaryFailed, Delivery, Worker
 from service.errors import Draining, EngineFailed, ModelUnavailable, NotReady, ServiceError
 from service.settings import EngineSettings
+from service.supervision.attempts import ONCE, Attempts
 
 RETRY_LOADING = 5.0
 """Seconds after which a client may ask again while the model loads."""
-
-LOOP_WAITS = 0.001
-"""Seconds for which Python code on the generation thread may keep the interpreter from the event loop."""
-
-NICENESS = 10
-"""Of the generation thread and those that mlx starts from it (Linux, where niceness belongs to a thread)."""
 
 
 class _StoppedLoading(Exception):
@@ -73,7 +68,7 @@ class EngineStatus:
 
 
 class Engine:
-    """One warmed model behind a bounded queue. `clock` is monotonic, in seconds, and the one of deadlines."""
+    """One warmed model behind a bounded queue, loaded as `attempts` says. `clock` is monotonic, as are deadlines."""
 
     def __init__(
         self,
@@ -81,6 +76,7 @@ class Engine:
         settings: EngineSettings,
         *,
         telemetry: Telemetry,
+        attempts: Attempts = ONCE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
@@ -89,6 +85,7 @@ class Engine:
         self.failure: ServiceError | None = None
         self._backend = backend
         self._telemetry = telemetry
+        self._attempts = attempts
         self._log = structlog.get_logger("engine")
         self._state = EngineState.STARTING
         self._detail = "loading the model"
@@ -204,7 +201,7 @@ class Engine:
     # -- the generation thread ----------------------------------------------------------------------------
 
     def _main(self) -> None:
-        _give_way()
+        give_way()
         error: ServiceError = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         clean = False
         try:
@@ -226,8 +223,8 @@ class Engine:
             self._backend.close()
 
     def _serve(self) -> None:
-        with self._telemetry.loading():
-            info = self.info = self._backend.load(self._report_loading)
+        tell = partial(self._report, EngineState.STARTING)
+        info = self.info = self._attempts.run(self._load, tell=tell, pause=self._pause)
         self._report(EngineState.WARMING, "warming up")
         with self._telemetry.warming():
             self._backend.warm_up(
@@ -243,6 +240,15 @@ class Engine:
         )
         self._report(EngineState.READY, "ready")
         self._worker.run()
+
+    def _load(self) -> ModelInfo:
+        with self._telemetry.loading():
+            return self._backend.load(self._report_loading)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before a load; ends it when the service stops meanwhile."""
+        if self._stopping.wait(seconds):
+            raise _StoppedLoading
 
     def _report_loading(self, what: str, done: int, total: int) -> None:
         """Tell the loop how far a download or conversion is. Any thread may; raises nothing through its code."""
@@ -290,10 +296,3 @@ class Engine:
         """Wake everybody who waits for a change; each looks for itself."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _give_way() -> None:
-    """Let the event loop run first where both want the CPU: on mlx's CPU backend this thread takes all it gets."""
-    sys.setswitchinterval(LOOP_WAITS)
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

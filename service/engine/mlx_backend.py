@@ -22,6 +22,7 @@ from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, next_cohort
 from service.engine.decode_batch import DecodeBatch
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
+from service.engine.memory_limits import limit_buffers, limit_memory
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowProcessors, Samplers
@@ -64,12 +65,11 @@ class MlxBackend:
     def load(self, progress: Report = unheard) -> ModelInfo:
         """Resolve, download or convert, and load the model; set mlx's limits. Raises ModelUnavailable."""
         engine = self._settings.engine
-        mx.set_cache_limit(engine.buffer_cache_limit)
-        if engine.wired_limit:
-            mx.set_wired_limit(engine.wired_limit)
+        limit_buffers(engine)
         loaded = self._load(self._settings, progress)
-        self.model = loaded.model
         memory = measure_memory(self._settings, loaded)
+        limit_memory(engine, loaded.model, memory.budget)
+        self.model = loaded.model
         self.info = ModelInfo(
             name=loaded.name,
             context_length=loaded.context_length,

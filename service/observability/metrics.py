@@ -202,6 +202,8 @@ class Metrics:
             buckets=LAG_SECONDS,
             registry=self.registry,
         )
+        self.safe_mode = gauge("mlxd_safe_mode", "1 while the service runs in safe mode.")
+        self.recent_deaths = gauge("mlxd_recent_deaths", "Supervised starts that died within the last hour.")
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
         self.jwks_refreshes = counter("mlxd_jwks_refreshes", "Reads of an issuer's keys.", ("issuer", "outcome"))
         self.jwks_keys = gauge("mlxd_jwks_keys", "Usable keys of an issuer.", ("issuer",))
