@@ -58,19 +58,20 @@ class Supervised:
 
     def until(self, wanted: Callable[[dict[str, Any]], bool], *, path: str = "/readyz", ops: bool = False) -> Any:
         """The first answer that is as `wanted`."""
-        found: dict[str, Any] = {}
+        seen: list[dict[str, Any]] = []
 
         def looks_right() -> bool:
-            found.update(self.ask(path, ops=ops) or {})
-            return bool(found) and wanted(found)
+            found = self.ask(path, ops=ops)
+            seen[:] = [] if found is None else [found]
+            return found is not None and wanted(found)
 
         self._wait(looks_right)
-        return found
+        return seen[0]
 
     def until_reason(self, text: str, *, ops: bool = False) -> str:
         found = self.until(lambda said: any(text in reason for reason in said["reasons"]), ops=ops)
         assert found["ready"] is False
-        return next(reason for reason in found["reasons"] if text in reason)
+        return next(str(reason) for reason in found["reasons"] if text in reason)
 
     def until_event(self, name: str) -> None:
         """Wait for a line of the log."""
@@ -213,6 +214,7 @@ def test_a_model_that_never_comes_ends_with_0_and_the_reason(begin: Begin, tmp_p
     assert len(service.events("stays_down")) == 1
 
 
+@pytest.mark.alone
 def test_with_both_ports_taken_a_stop_takes_less_than_a_second(begin: Begin) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as third:
         taken = f"127.0.0.1:{third.getsockname()[1]}"
@@ -248,6 +250,7 @@ def test_after_three_kills_it_waits_and_then_serves_in_safe_mode(begin: Begin, t
     assert last(service).safe_mode == "3 starts died within an hour"
 
 
+@pytest.mark.alone
 def test_a_stop_during_the_wait_after_failed_starts_takes_less_than_a_second(begin: Begin, tmp_path: Path) -> None:
     began = time.time() - 5
     StartLedger(tmp_path).put(StartRecord(began=began, pid=1, ended=began + 1, exit_code=70))

@@ -121,9 +121,8 @@ def test_what_was_forgiven_is_not_held_against_it(tmp_path: Path, gone: int) -> 
 
 def test_a_machine_that_came_up_since_the_last_start_went_down_under_it(tmp_path: Path, gone: int) -> None:
     StartLedger(tmp_path).put(StartRecord(began=boot_time() - 60, pid=gone, ready=boot_time() - 30))
-    assert (
-        prepare(settings(tmp_path), supervised=True).verdict.safe_mode == "the machine went down while the service ran"
-    )
+    verdict = prepare(settings(tmp_path), supervised=True).verdict
+    assert verdict.safe_mode == "the machine went down while the service ran"
 
 
 def test_a_number_that_was_given_away_anew_is_another_process(gone: int) -> None:
