@@ -240,6 +240,11 @@ class Listeners:
                 self._ops.should_exit = True
 
     @property
+    def bound(self) -> bool:
+        """Whether every address is had that is wanted."""
+        return self._sockets.public is not None and (self._sockets.ops is not None or not self._wants_ops)
+
+    @property
     def closing(self) -> bool:
         return self._public.should_exit
 

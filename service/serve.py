@@ -202,7 +202,8 @@ class Process:
 
     async def run(self) -> int:
         """Serve until a signal or a failed engine ends it; returns the exit code."""
-        _log.info("listening", url=self._console.url, ops=self._console.ops)
+        if self._listeners.bound:  # what is waited for is told by who tries it
+            _log.info("listening", url=self._console.url, ops=self._console.ops)
         with self._signals():
             await self._engine.start()
             beside = [

@@ -2,10 +2,10 @@
 
 Exit codes, of every command:
 
-    0    done; for `serve`: asked to stop, and drained
+    0    done; for `serve`: asked to stop, and drained; supervised also what another start could not help (69, 78)
     1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
     2    wrong usage of the command line
-    69   the model cannot be had; the storage, or for `top` the service, cannot be asked
+    69   the model cannot be had; another engine runs here; the storage, or for `top` the service, cannot be asked
     70   the engine failed
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain

@@ -191,6 +191,7 @@ def test_whatever_is_missing_is_told_until_it_is_there_and_then_the_model_is_loa
         port = other.getsockname()[1]
         service = begin(port=port, MLXD_MODEL__REFERENCE=str(missing))
         service.until_reason(f"cannot listen on 127.0.0.1:{port}: Address already in use; next try at", ops=True)
+        assert not service.events("listening")
     service.until_reason(f"another engine runs on this host: process {os.getpid()} holds")
     another.release()
     service.until_reason(f"{missing} does not exist: check the path; next try at")
