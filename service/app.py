@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -44,10 +45,14 @@ from service.limits.limiter import Limits
 from service.limits.usage_report import UsageReports
 from service.observability.event_loop import LoopWatch
 from service.observability.metrics import Metrics
+from service.observability.record import RequestRecord
 from service.observability.reloads import Reloads
 from service.observability.request_metrics import RequestMetrics, no_exemplar
 from service.observability.token_rate import TokenRate
 from service.settings import ConfigurationError, Settings
+from service.supervision.attempts import ONCE, Attempts
+from service.supervision.policy import Verdict
+from service.supervision.start import Start
 
 if TYPE_CHECKING:  # these need an extra
     from service.observability.otlp import OpenTelemetry
@@ -109,25 +114,30 @@ class App:
         await self.access.refresh()
 
 
-def build(settings: Settings, backend: Backend | None = None) -> App:
-    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError."""
+def build(
+    settings: Settings, backend: Backend | None = None, *, start: Start | None = None, attempts: Attempts = ONCE
+) -> App:
+    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError.
+
+    `start` is what is known of this start, and `attempts` how the model is loaded.
+    """
+    start = start or Start(settings)
     metrics = Metrics()
+    _tell_start(metrics, start.verdict)
     access = AccessService(settings, metrics)
     limits = Limits(settings, metrics, access.control.storage if settings.auth.enabled else None)
-    if backend is None:
-        from service.engine.mlx_backend import MlxBackend
-
-        backend = MlxBackend(settings)
+    backend = backend or _mlx(settings, start)
     counters = Telemetry(metrics)
-    canary_interval = settings.watchdog.canary_interval
-    engine = Engine(backend, settings.engine, telemetry=counters, canary_interval=canary_interval)
+    engine = Engine(
+        backend,
+        settings.engine,
+        telemetry=counters,
+        attempts=attempts,
+        canary_interval=settings.watchdog.canary_interval,
+    )
     watchdog = Watchdog(engine, settings.watchdog, telemetry=counters, release_memory=backend.release_pool)
     otlp = _open_telemetry(settings, metrics, engine.clock)
-    exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
-    counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
-    observers = (counted, *(() if otlp is None else otlp.observers))
-    inference = Inference(engine, settings, limits, observers=observers)
-    watch = LoopWatch(metrics.event_loop_lag.observe)
+    inference = Inference(engine, settings, limits, observers=_observers(settings, metrics, otlp))
     reloads = Reloads(metrics)
     asgi = create_app(
         settings,
@@ -137,12 +147,33 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
         access=access.control,
         limits=limits,
         reloads=reloads,
-        running=_running(access, limits, inference, watch, otlp),
+        running=_running(access, limits, inference, LoopWatch(metrics.event_loop_lag.observe), otlp),
         tracing=None if otlp is None else otlp.tracing,
         loop_age=lambda: watchdog.loop_age,
+        start=start,
     )
     policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
     return App(asgi, engine, bounded_protocol(policy), access, limits, reloads, watchdog)
+
+
+def _mlx(settings: Settings, start: Start) -> Backend:
+    from service.engine.loading import load_model
+    from service.engine.mlx_backend import MlxBackend
+
+    return MlxBackend(settings, load=partial(load_model, room=start.room))
+
+
+def _observers(
+    settings: Settings, metrics: Metrics, otlp: OpenTelemetry | None
+) -> tuple[Callable[[RequestRecord], None], ...]:
+    exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
+    counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
+    return counted, *(() if otlp is None else otlp.observers)
+
+
+def _tell_start(metrics: Metrics, verdict: Verdict) -> None:
+    metrics.safe_mode.set(bool(verdict.safe_mode))
+    metrics.recent_deaths.set_function(lambda: verdict.died_recently(time.time()))
 
 
 def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> OpenTelemetry | None:
@@ -195,18 +226,15 @@ def create_app(
     reloads: Reloads | None = None,
     running: AbstractAsyncContextManager[object] | None = None,
     tracing: Tracing | None = None,
+    start: Start | None = None,
     new_id: Callable[[], str] = new_id,
     jitter: Callable[[], float] = random.random,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.perf_counter,
     loop_age: Callable[[], float] = lambda: 0.0,
 ) -> FastAPI:
-    """Build the application over objects that the caller made.
-
-    `running` is entered when the server starts and left when it has stopped answering. `now` is wall time,
-    `clock` monotonic; both, ids and jitter are parameters so that tests need not wait or patch. `loop_age` is how
-    old the event loop's heartbeat is.
-    """
+    """Build the application over objects that the caller made. `running` is entered when the server starts and left
+    when it has stopped answering. `now` is wall time, `clock` monotonic, `loop_age` the age of the loop's heartbeat."""
     state = AppState(
         settings=settings,
         engine=engine,
@@ -219,6 +247,7 @@ def create_app(
         token_rate=TokenRate(metrics),
         reloads=reloads or Reloads(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
+        start=start or Start(settings),
         new_id=new_id,
         now=now,
         started=int(now()),

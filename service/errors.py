@@ -34,6 +34,8 @@ dialect of the path; nothing else turns an exception into bytes.
      |   +- IssuerUnavailable    503  no key of a token's issuer was ever had, or not for long
      +- DeadlineExceeded         504  `phase` says where the time went
      +- ModelUnavailable              an operator's problem; never reaches a client as such
+         +- NotEnoughMemory           at the moment: it may pass
+         +- ModelTooLarge             for this device: it will not
 """
 
 from __future__ import annotations
@@ -250,3 +252,11 @@ class ModelUnavailable(ServiceError):
 
     status = 503
     code = "model_unavailable"
+
+
+class NotEnoughMemory(ModelUnavailable):
+    """Less memory is free than the model needs."""
+
+
+class ModelTooLarge(ModelUnavailable):
+    """The model needs more than the device has, however much of it is free."""

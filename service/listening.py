@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,9 @@ FLUSH_TIMEOUT = 5
 OPS_FLUSH_TIMEOUT = 1
 
 OPS_CONNECTIONS = 32
+
+LATE_POLL = 0.1
+"""Seconds between two looks for a socket that comes late; as often as uvicorn looks whether it is to exit."""
 
 RESERVED_FILES = 128
 """Of the files that the process may open, those that no public connection gets: weights, database, Redis, logs, and
@@ -66,6 +70,44 @@ class Sockets:
         """Stop listening. Harmless when that was done."""
         for each in (self.public, self.ops):
             if each is not None:
+                each.close()
+
+
+class LateSockets:
+    """What the process listens on, each address as soon as it can be had. Any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        server, ops = settings.server, settings.ops.address
+        self._wanted = {"public": (server.host, server.port), **({} if ops is None else {"ops": ops})}
+        self._backlog = server.backlog
+        self._had: dict[str, socket.socket] = {}
+        self._lock = threading.Lock()
+        self.missing()
+
+    @property
+    def public(self) -> socket.socket | None:
+        return self._had.get("public")
+
+    @property
+    def ops(self) -> socket.socket | None:
+        return self._had.get("ops")
+
+    def missing(self) -> str:
+        """Try to listen where that was not possible yet: why it still is not, or nothing."""
+        why = []
+        with self._lock:
+            for name in self._wanted.keys() - self._had:
+                try:
+                    self._had[name] = _listener(self._wanted[name], self._backlog)
+                except CannotListen as error:
+                    why.append(str(error))
+        return "; ".join(sorted(why))
+
+    def close(self) -> None:
+        """Stop listening, for good. Harmless when that was done."""
+        with self._lock:
+            self._wanted = {}
+            for each in self._had.values():
                 each.close()
 
 
@@ -147,11 +189,13 @@ class Server(uvicorn.Server):
 class Listeners:
     """An application, served on its sockets. Raises ConfigurationError for a certificate that cannot be used.
 
-    Belongs to the event loop's thread. Takes the sockets over, and raises the limit of open files.
+    Belongs to the event loop's thread. Takes the sockets over, and raises the limit of open files. A socket that comes
+    late is served from then on.
     """
 
-    def __init__(self, settings: Settings, app: Application, sockets: Sockets) -> None:
+    def __init__(self, settings: Settings, app: Application, sockets: Sockets | LateSockets) -> None:
         self._sockets = sockets
+        self._wants_ops = settings.ops.address is not None
         self._state: dict[str, Any] = {}
         most = settings.server.max_connections
         configure = partial(_configure, settings, app.protocol)
@@ -188,12 +232,17 @@ class Listeners:
 
     async def _answer(self) -> None:
         async with asyncio.TaskGroup() as group:
-            if self._sockets.ops is not None:
-                group.create_task(self._ops.serve([self._sockets.ops]), name="ops-listener")
+            if self._wants_ops:
+                group.create_task(_serve(self._ops, lambda: self._sockets.ops), name="ops-listener")
             try:
-                await self._public.serve([self._sockets.public])
+                await _serve(self._public, lambda: self._sockets.public)
             finally:
                 self._ops.should_exit = True
+
+    @property
+    def bound(self) -> bool:
+        """Whether every address is had that is wanted."""
+        return self._sockets.public is not None and (self._sockets.ops is not None or not self._wants_ops)
 
     @property
     def closing(self) -> bool:
@@ -202,6 +251,15 @@ class Listeners:
     def close(self) -> None:
         """Begin to end: no new connections, then the last bytes of finished answers, then the lifespan."""
         self._public.should_exit = True
+
+
+async def _serve(server: Server, find: Callable[[], socket.socket | None]) -> None:
+    """Serve on the socket, once there is one, until the server is to exit."""
+    while (found := find()) is None:
+        if server.should_exit:
+            return
+        await asyncio.sleep(LATE_POLL)
+    await server.serve([found])
 
 
 def _configure(

@@ -99,7 +99,7 @@ class App(Application, Reloadable, Protocol):
 class Process:
     """One run of the service, from listening sockets to an exit code.
 
-    `hangups` None: a SIGHUP is a first SIGTERM.
+    `hangups` None: a SIGHUP is a first SIGTERM. A thread calls `ready` when it serves.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Process:
         leave: Callable[[int], object],
         reloader: Reloader,
         guard: StopGuard,
+        ready: Callable[[], object] = bool,
         supervised: bool = False,
         hangups: asyncio.Event | None = None,
     ) -> None:
@@ -123,20 +124,28 @@ class Process:
         self._leave = leave
         self._reloader = reloader
         self._guard = guard
+        self._ready = ready
         self._supervised = supervised
         self._hangups = hangups
         self._draining: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._exit_code = os.EX_OK
 
+    @property
+    def loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop] | None:
+        """Makes the event loop that it is to run on."""
+        return self._listeners.loop_factory
+
     async def run(self) -> int:
         """Serve until a signal or a failed engine ends it; returns the exit code."""
-        _log.info("listening", url=self._console.url, ops=self._console.ops)
+        if self._listeners.bound:  # what is waited for is told by who tries it
+            _log.info("listening", url=self._console.url, ops=self._console.ops)
         with self._signals():
             await self._engine.start()
             beside = [
                 self._beside("console", self._console.follow(self._engine.status)),
                 self._beside("end-with-engine", self._end_with_engine()),
+                self._beside("tell-ready", self._tell_ready()),
             ]
             if self._hangups is not None:
                 beside.append(self._beside("reload", self._reloader.follow(self._hangups)))
@@ -220,6 +229,10 @@ class Process:
         self._guard.arm(TEARDOWN_TIMEOUT, lambda: self._exit_code)
         self._console.failed(self._engine.status())
         self._listeners.close()
+
+    async def _tell_ready(self) -> None:
+        await self._engine.wait(EngineState.READY)
+        await asyncio.to_thread(self._ready)
 
     async def _close_app(self) -> None:
         await _in_time(CLOSE_TIMEOUT, "close_overdue", self._app.close())

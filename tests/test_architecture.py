@@ -26,7 +26,7 @@ LAYERS = (  # from top to bottom; a module imports only from lower lines and fro
     {"api"},
     {"inference"},
     {"engine", "auth", "limits", "launchd"},
-    {"storage"},
+    {"storage", "supervision"},
     {"errors", "settings", "observability"},
 )
 ALLOWED_SIBLINGS = {("limits", "auth.principal")}
@@ -35,7 +35,7 @@ ENGINE_ON_MLX = [
     f"engine/{name}.py"
     for name in (
         *("mlx_backend", "batches", "decode_batch", "row_cache", "sampling", "prefix_cache"),
-        *("models", "demo_model", "loading", "warmup"),
+        *("models", "demo_model", "loading", "memory_limits", "warmup"),
     )
 ]
 FENCES = {

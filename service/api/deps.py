@@ -27,6 +27,7 @@ from service.observability.metrics import Metrics
 from service.observability.reloads import Reloads
 from service.observability.token_rate import TokenRate
 from service.settings import Settings
+from service.supervision.start import Start
 
 if TYPE_CHECKING:  # it needs an extra
     from service.observability.tracing import RequestTrace
@@ -47,6 +48,7 @@ class AppState(TypedDict):
     reloads: Reloads
     usage: UsageReports | None
     """None where no usage is kept."""
+    start: Start
     new_id: Callable[[], str]
     now: Callable[[], float]
     """Seconds since the epoch."""

@@ -37,6 +37,7 @@ class Status(TypedDict):
     started_at: int
     uptime_seconds: float
     log_level: str
+    start: Part
     model: Part | None
     drain: Part | None
     reload: Part | None
@@ -67,6 +68,7 @@ async def status(state: StateDep) -> Status:
         "started_at": state["started"],
         "uptime_seconds": max(0.0, state["now"]() - state["started"]),
         "log_level": current_level(),
+        "start": _start(state),
         "model": _model(state["engine"].info, loaded(state["engine"])),
         "drain": _drain(state, engine),
         "reload": None if (reload := state["reloads"].last) is None else asdict(reload),
@@ -85,6 +87,15 @@ async def status(state: StateDep) -> Status:
         "storage": _storage(state),
         "issuers": _issuers(state),
         "redis": None if shared is None else {"up": shared},
+    }
+
+
+def _start(state: RequestState) -> Part:
+    start = state["start"]
+    return {
+        "supervised": start.supervised,
+        "safe_mode": start.verdict.safe_mode or None,
+        "died_recently": start.verdict.died_recently(state["now"]()),
     }
 
 

@@ -2,11 +2,12 @@
 
 Exit codes, of every command:
 
-    0    done; for `serve`: asked to stop, and drained
+    0    done; for `serve`: asked to stop, and drained; supervised also what another start could not help (69, 78)
     1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; `service`: a
          plan failed, not ready, or not drained
     2    wrong usage of the command line
-    69   the model cannot be had; the storage, or for `top` and `service` the service, cannot be asked
+    69   the model cannot be had; another engine runs here; the storage, or for `top` and `service` the service, cannot
+         be asked
     70   the engine failed
     77   `service` needs root
     78   the configuration cannot be used
@@ -27,7 +28,7 @@ from typing import Annotated
 import typer
 
 from service.cli import db, keys, service as service_commands, token, top, usage
-from service.cli.context import explained, load_settings, prepare, settings_loader
+from service.cli.context import explained, load_settings, prepare, settings_loader, staying_down
 
 
 class Format(StrEnum):
@@ -104,12 +105,13 @@ def serve(
 ) -> None:
     """Start the service in the foreground."""
     load = settings_loader(context, {"server.host": host, "server.port": port})
-    with explained():
+    explain = partial(staying_down, context.obj) if supervised else explained
+    with explain():
         settings = load()
-    prepare(settings, log_file=True)
+    prepare(settings, log_file=True, explain=explain)
     from service.serve import leave_now, run
 
-    with explained():
+    with explain():
         code = run(settings, supervised=supervised, load=load)
     leave_now(code)
 

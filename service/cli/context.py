@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import typer
 
 if TYPE_CHECKING:
     from service.settings import Settings
+
+Explain = Callable[[], AbstractContextManager[None]]
 
 
 def load_settings(context: typer.Context, overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -29,13 +32,16 @@ def settings_loader(context: typer.Context, overrides: Mapping[str, Any] | None 
     return lambda: Settings.load(config, given)
 
 
-def prepare(settings: Settings, *, log_file: bool = False) -> None:
-    """What must be true of the process before mlx and fastapi are imported; with `log_file` the log goes there."""
+def prepare(settings: Settings, *, log_file: bool = False, explain: Explain | None = None) -> None:
+    """What must be true of the process before mlx and fastapi are imported; with `log_file` the log goes there.
+
+    `explain` tells what is wrong with the settings, and ends the command.
+    """
     from service.observability.logging import configure, log_uncaught
     from service.settings import ConfigurationError, forget_outside_telemetry, private_tmpdir
 
     log = settings.log
-    with explained():
+    with (explain or explained)():
         private_tmpdir(settings.server.state_dir)
         forget_outside_telemetry()
         try:
@@ -43,6 +49,26 @@ def prepare(settings: Settings, *, log_file: bool = False) -> None:
         except OSError as error:
             raise ConfigurationError(f"log.file: {log.file}: {error.strerror}") from None
     log_uncaught()
+
+
+@contextmanager
+def staying_down(config: Path | None) -> Iterator[None]:
+    """Turn a configuration error into one line of the log, the reason in the ledger of starts, and exit code 0: another
+    start of a supervisor's would end alike."""
+    from service.observability.logging import configure, flush, get_logger
+    from service.settings import ConfigurationError, Settings
+    from service.supervision.starts import StartLedger
+
+    try:
+        yield
+    except ConfigurationError as error:
+        if not logging.getLogger().handlers:  # it is the logging's own section that may be wrong
+            configure()
+        reasons = str(error).splitlines()
+        get_logger(__name__).error("stays_down", reason="the configuration cannot be used", problems=reasons)
+        StartLedger(Settings.state_dir_of(config)).refuse(f"configuration: {'; '.join(reasons)}")
+        flush()
+        raise typer.Exit(os.EX_OK) from None
 
 
 @contextmanager

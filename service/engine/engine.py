@@ -21,33 +21,29 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import structlog
 
 from service.engine.backend import Backend, MemoryUse, ModelInfo
 from service.engine.canary import CanaryFailed
 from service.engine.drain import Drain
-from service.engine.generation import Delta, Generation, GenerationRequest
+from service.engine.generation import Generation, GenerationRequest
 from service.engine.priority import give_way
 from service.engine.progress import Phase, Progress
-from service.engine.states import EngineState, EngineStatus
+from service.engine.startup import Startup, StoppedLoading
+from service.engine.states import RETRY_LOADING, EngineState, EngineStatus, refusal
 from service.engine.telemetry import Telemetry
 from service.engine.worker import Delivery, Worker
-from service.errors import Draining, EngineFailed, ModelUnavailable, NotReady, ServiceError
+from service.errors import Draining, EngineFailed, ModelUnavailable, ServiceError
 from service.settings import EngineSettings
+from service.supervision.attempts import ONCE, Attempts
 
 __all__ = ["Engine", "EngineState", "EngineStatus"]
 
-RETRY_LOADING = 5.0
-"""Seconds after which a client may ask again while the model loads."""
-
-
-class _StoppedLoading(Exception):
-    """The service stops while the model loads."""
-
 
 class Engine:
-    """One warmed model behind a bounded queue. `clock` is monotonic, in seconds, and the one of deadlines."""
+    """One warmed model behind a bounded queue, loaded as `attempts` says. `clock` is monotonic, as are deadlines."""
 
     def __init__(
         self,
@@ -55,6 +51,7 @@ class Engine:
         settings: EngineSettings,
         *,
         telemetry: Telemetry,
+        attempts: Attempts = ONCE,
         clock: Callable[[], float] = time.monotonic,
         canary_interval: float = 0.0,
     ) -> None:
@@ -66,6 +63,7 @@ class Engine:
         self._backend = backend
         self._telemetry = telemetry
         self._canary_interval = canary_interval
+        self._attempts = attempts
         self._log = structlog.get_logger("engine")
         self._state = EngineState.STARTING
         self._detail = "loading the model"
@@ -119,17 +117,12 @@ class Engine:
 
     def ready_info(self) -> ModelInfo:
         """The loaded model. Raises NotReady, Draining or EngineFailed when new work would not be served."""
-        match self.state:
-            case EngineState.READY if self.info is not None:
-                return self.info
-            case EngineState.DRAINING if self._drain is not None:
-                raise self._drain.refusal()
-            case EngineState.STOPPED:
-                raise Draining("The service is shutting down.", retry_after=self.settings.drain_timeout)
-            case EngineState.FAILED:
-                raise EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
-            case _:
-                raise NotReady("The model is still loading.", retry_after=RETRY_LOADING)
+        state = self.state
+        if state is EngineState.READY and self.info is not None:
+            return self.info
+        if state is EngineState.DRAINING and self._drain is not None:
+            raise self._drain.refusal()
+        raise refusal(state, drain_timeout=self.settings.drain_timeout)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Queue all of the requests or none. Raises QueueFull, NotReady, Draining, EngineFailed, InvalidRequest."""
@@ -209,18 +202,11 @@ class Engine:
         self._lost = True
         error = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         self._fail(error, detail)
-        self._end_live(error)
-
-    def _end_live(self, error: ServiceError) -> None:
-        """Tell every reader `error`, past a worker that does not."""
-        for generation in self._live:
-            generation.put(Delta(error=error))
-        self._live.clear()
-
-    # -- any thread ---------------------------------------------------------------------------------------
+        for generation in tuple(self._live):
+            generation.fail(error)
 
     def tell(self, call: Callable[[], None]) -> bool:
-        """Run `call` on the event loop; False where none runs yet, or any more: nobody is left to tell."""
+        """Run `call` on the event loop, from any thread; False where none runs yet, or any more."""
         if self._loop is None or self._loop.is_closed():
             return False
         with suppress(RuntimeError):  # it closes at this moment
@@ -239,7 +225,7 @@ class Engine:
         except ModelUnavailable as unavailable:
             self._log.error("model_unavailable", reason=unavailable.message)
             error = unavailable
-        except _StoppedLoading:
+        except StoppedLoading:
             clean = True
         except CanaryFailed:
             pass
@@ -255,14 +241,15 @@ class Engine:
             self.progress.rest()
 
     def _serve(self) -> None:
-        with self._telemetry.loading():
-            info = self.info = self._backend.load(self._report_loading)
-        self.progress.enter(Phase.WARMING)
-        self._report(EngineState.WARMING, "warming up")
-        with self._telemetry.warming():
-            self._backend.warm_up(
-                lambda what, done, total: self._report(EngineState.WARMING, f"{what} ({done}/{total})", done, total)
-            )
+        startup = Startup(
+            self._backend,
+            attempts=self._attempts,
+            telemetry=self._telemetry,
+            progress=self.progress,
+            stopping=self._stopping,
+            heard=self._report,
+        )
+        info = startup.run(partial(setattr, self, "info"))
         self._worker = Worker(
             self._backend,
             info,
@@ -273,19 +260,11 @@ class Engine:
             progress=self.progress,
             canary_interval=self._canary_interval,
         )
-        self._report(EngineState.READY, "ready")
+        self._report(EngineState.READY, "ready", 0, 0)
         self._worker.run()
 
-    def _report_loading(self, what: str, done: int, total: int) -> None:
-        """Tell the loop how far a download or conversion is. Any thread may; raises nothing through its code."""
-        self.progress.reported()
-        self.tell(lambda: self._progress(EngineState.STARTING, what, done, total))
-
-    def _report(self, state: EngineState, detail: str, done: int = 0, total: int = 0) -> None:
-        """Tell the loop how far warm-up is; ends it when the service stops meanwhile."""
-        if self._stopping.is_set():
-            raise _StoppedLoading
-        self.progress.reported()
+    def _report(self, state: EngineState, detail: str, done: int, total: int) -> None:
+        """Tell the loop how far it is. Any thread."""
         self.tell(lambda: self._progress(state, detail, done, total))
 
     # -- on the loop --------------------------------------------------------------------------------------

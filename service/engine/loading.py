@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
 from service.engine.backend import MemoryUse, ModelInfo
 from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
+from service.engine.memory_limits import weight_bytes
 from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
-from service.errors import ModelUnavailable
+from service.errors import ModelTooLarge, ModelUnavailable
 from service.settings import Settings
+from service.supervision.memory import needed
 
 BUDGET_SHARE = 0.8
 """Share of the device's recommended working set that weights and caches together may use."""
@@ -62,10 +63,11 @@ def unheard(what: str, done: int, total: int) -> None:
     """The `Report` of nobody."""
 
 
-def load_model(settings: Settings, progress: Report = unheard) -> LoadedModel:
+def load_model(settings: Settings, progress: Report = unheard, *, room: Callable[[int], object] = bool) -> LoadedModel:
     """Load what `model.reference` means, by mlx-lm's own loader and without remote code.
 
-    Raises ModelUnavailable. On mlx's CPU backend quantised weights become dense float32, if so configured.
+    `room` is told how many bytes that takes before it is begun, and may raise. Raises ModelUnavailable. On mlx's CPU
+    backend quantised weights become dense float32, if so configured.
     """
     files = resolve(
         settings.model.reference,
@@ -74,12 +76,14 @@ def load_model(settings: Settings, progress: Report = unheard) -> LoadedModel:
         progress=Told(progress),
     )
     progress("reading the weights", 0, 0)
+    dense = settings.model.dequantize_on_cpu and mx.default_device() == mx.Device(mx.cpu)
     try:
         config = load_config(files.path)
+        room(needed(files.path, config, dense=dense, budget=settings.engine.memory_budget))
         model, _ = load_weights(files.path, lazy=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelUnavailable(f"{files.name} cannot be loaded: {error}") from error
-    if settings.model.dequantize_on_cpu and mx.default_device() == mx.Device(mx.cpu):
+    if dense:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
@@ -146,10 +150,10 @@ def working_set() -> int:
 def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
     """What rows cost, measured on the loaded model: caches by their size, activations by mlx's peak counter."""
     mx.clear_cache()
-    weights = sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
+    weights = weight_bytes(loaded.model)
     budget = settings.engine.memory_budget or working_set() - weights
     if budget <= 0:
-        raise ModelUnavailable(
+        raise ModelTooLarge(
             f"{loaded.name} needs {weights} bytes for its weights, more than this device has for it; "
             "choose a smaller model or set engine.memory_budget"
         )
@@ -159,7 +163,7 @@ def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:
     groups, fixed = _layer_costs(small, large)
     largest = min(settings.engine.max_prefill_chunk, loaded.context_length // 2)
     return MemoryModel(
-        budget=budget,
+        budget=int(budget * settings.engine.memory_budget_share),
         layers=groups,
         bytes_per_row=fixed,
         prompt=_activations(loaded, largest, masked=False),

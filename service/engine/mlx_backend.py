@@ -22,6 +22,7 @@ from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
 from service.engine.decode_batch import DecodeBatch
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
+from service.engine.memory_limits import limit_buffers, limit_memory
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowSampling
@@ -65,12 +66,11 @@ class MlxBackend:
     def load(self, progress: Report = unheard) -> ModelInfo:
         """Resolve, download or convert, and load the model; set mlx's limits. Raises ModelUnavailable."""
         engine = self._settings.engine
-        mx.set_cache_limit(engine.buffer_cache_limit)
-        if engine.wired_limit:
-            mx.set_wired_limit(engine.wired_limit)
+        limit_buffers(engine)
         loaded = self._load(self._settings, progress)
-        self.model = loaded.model
         memory = measure_memory(self._settings, loaded)
+        limit_memory(engine, loaded.model, memory.budget)
+        self.model = loaded.model
         self.info = loaded.info(memory)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
         self._log.info("model_loaded", model=loaded.name, batchable=self.info.batchable, memory_budget=memory.budget)
@@ -124,7 +124,8 @@ class MlxBackend:
             if not self._work_off(began, result):
                 return result
         if self._ahead and self._decode is not None and plan.launch and not self._decode.launched:
-            self._launch(self._decode)
+            self._since = self._clock()
+            self._decode.launch()
         self._drop_failed(result)
         return result
 
@@ -158,14 +159,11 @@ class MlxBackend:
             cohort_context=prefill.context if prefill else 0,
         )
 
-    def _launch(self, batch: DecodeBatch) -> None:
-        self._since = self._clock()
-        batch.launch()
-
     def _emit(self, batch: DecodeBatch, result: StepResult, load: Load, *, ahead: bool) -> None:
         """Hand over one token of each row; with `ahead` the device already computes the one after it."""
         if not batch.launched:
-            self._launch(batch)
+            self._since = self._clock()
+            batch.launch()
         if ahead:
             batch.launch()
         for state, token, reason in batch.emit():

@@ -1,4 +1,4 @@
-"""The generation thread beside the others of the process."""
+"""Who runs first where the generation thread and the event loop both want the CPU."""
 
 from __future__ import annotations
 

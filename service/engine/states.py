@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from service.engine.backend import MemoryUse
+from service.errors import Draining, EngineFailed, NotReady, ServiceError
+
+RETRY_LOADING = 5.0
+"""Seconds after which a client may ask again while the model loads."""
 
 
 class EngineState(StrEnum):
@@ -40,3 +44,14 @@ class EngineStatus:
     progress_age: float | None = None
     memory: MemoryUse
     drain_for_good: bool | None = None
+
+
+def refusal(state: EngineState, *, drain_timeout: float) -> ServiceError:
+    """What work is told in a state in which it is not served."""
+    match state:
+        case EngineState.DRAINING | EngineState.STOPPED:
+            return Draining("The service is shutting down.", retry_after=drain_timeout)
+        case EngineState.FAILED:
+            return EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
+        case _:
+            return NotReady("The model is still loading.", retry_after=RETRY_LOADING)

@@ -211,6 +211,8 @@ class Metrics:
         self.loop_age = gauge(
             "mlxd_event_loop_heartbeat_age_seconds", "Seconds since the event loop last answered the watchdog."
         )
+        self.safe_mode = gauge("mlxd_safe_mode", "1 while the service runs in safe mode.")
+        self.recent_deaths = gauge("mlxd_recent_deaths", "Supervised starts that died within the last hour.")
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
         self.config_reloads = counter("mlxd_config_reloads", "Reloads of the configuration, by outcome.", ("outcome",))
         self.jwks_refreshes = counter("mlxd_jwks_refreshes", "Reads of an issuer's keys.", ("issuer", "outcome"))

@@ -1,4 +1,5 @@
-"""The process's own figures under Prometheus' standard names; its client has them for Linux only."""
+"""The process's own figures under Prometheus' standard names, whose client has them for Linux only; and what is to be
+known of the machine and of other processes."""
 
 from __future__ import annotations
 
@@ -30,3 +31,25 @@ class ProcessCollector(Collector):
         yield from (GaugeMetricFamily(name, says, value=value) for name, says, value in gauges)
         says = "Total user and system CPU time spent in seconds."
         yield CounterMetricFamily("process_cpu_seconds", says, value=times.user + times.system)
+
+
+def boot_time() -> float:
+    """When this machine came up, in seconds since the epoch. Moves when the clock is set."""
+    return float(psutil.boot_time())
+
+
+def available_memory() -> int:
+    """Bytes that a process can have without making another one swap, as far as the system can tell."""
+    return int(psutil.virtual_memory().available)
+
+
+def is_running(pid: int, since: float) -> bool:
+    """Whether the process that was `pid` at the moment `since` (seconds since the epoch) still runs.
+
+    A number that was given away anew belongs to a younger process.
+    """
+    try:
+        process = psutil.Process(pid)
+        return bool(process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False

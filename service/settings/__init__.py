@@ -8,11 +8,13 @@ the working directory.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -42,6 +44,7 @@ from service.settings.groups import (
 from service.settings.issuers import IssuerSettings
 from service.settings.plans import LimitsSettings, PlanError, PlanSettings
 from service.settings.private import ConfigurationError, private_tmpdir, read_private, write_private
+from service.settings.supervised import SupervisedSettings
 from service.settings.tracing import TracingSettings, forget_outside_telemetry
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "StorageSettings",
+    "SupervisedSettings",
     "TracingSettings",
     "WatchdogSettings",
     "forget_outside_telemetry",
@@ -92,6 +96,7 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    supervised: SupervisedSettings = Field(default_factory=SupervisedSettings)
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:
@@ -147,6 +152,23 @@ class Settings(BaseSettings):
             return cls(**merged)
         except ValidationError as error:
             raise ConfigurationError(_describe(error)) from None
+
+    @classmethod
+    def state_dir_of(cls, config: Path | None = None) -> Path:
+        """`server.state_dir` of layers that need not be usable otherwise: where to tell that they are not.
+
+        What cannot be read at all counts as absent, so that the default may be the answer. Raises nothing.
+        """
+        found: object = None
+        files = [] if config is None else [config.with_name("default.toml"), config]
+        for read in (*(partial(_read_toml, file) for file in files), partial(_environment, cls)):
+            with contextlib.suppress(ConfigurationError):
+                server = read().get("server")
+                found = server.get("state_dir", found) if isinstance(server, Mapping) else found
+        try:
+            return ServerSettings.model_validate({} if found is None else {"state_dir": found}).state_dir
+        except ValidationError:
+            return ServerSettings().state_dir
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:

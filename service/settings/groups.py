@@ -124,6 +124,9 @@ class EngineSettings(Group):
     memory_budget: int = Field(
         0, ge=0, description="Bytes for KV caches, prefix cache and activations; 0 takes it from the device."
     )
+    memory_budget_share: float = Field(
+        1.0, gt=0, le=1, description="Share of that budget that is used; safe mode halves it."
+    )
     prefix_cache_fraction: float = Field(
         0.25, ge=0, le=0.9, description="Share of the memory budget that finished prompts may keep; 0 turns it off."
     )

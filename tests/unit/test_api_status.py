@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from service.auth.jwt import Issuer
 from service.engine.engine import EngineState
 from service.observability.logging import current_level
 from service.observability.token_rate import TokensPerSecond
+from service.supervision.policy import Verdict
+from service.supervision.start import Start
+from service.supervision.starts import StartLedger
 from tests.fakes_api import Client, Service
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +41,7 @@ async def test_it_tells_state_load_and_memory() -> None:
         "started_at": 1_700_000_000,
         "uptime_seconds": 0.5,
         "log_level": current_level(),
+        "start": {"supervised": False, "safe_mode": None, "died_recently": 0},
         "model": {
             "name": "org/model",
             "loaded": True,
@@ -126,6 +131,21 @@ async def test_it_tells_how_what_the_service_leans_on_is() -> None:
     assert found["storage"] == {"up": False, "usage_rows_pending": 12}
     assert found["issuers"] == [{"name": "corp", "keys": 2, "age_seconds": 7.5, "error": "late"}]
     assert found["redis"] == {"up": False}
+
+
+async def test_it_tells_of_safe_mode_and_of_starts_that_died(tmp_path: Path) -> None:
+    service = Service()
+    verdict = Verdict(safe_mode="3 starts died within an hour", deaths=(1_700_000_000.0, 1_699_990_000.0))
+    client = Client(service)
+    exchange = client.exchange("GET", "/admin/status")
+    exchange.scope["state"]["start"] = Start(service.settings, StartLedger(tmp_path), verdict)
+    exchange.push()
+    await exchange.run()
+    assert exchange.answer.json()["start"] == {
+        "supervised": True,
+        "safe_mode": "3 starts died within an hour",
+        "died_recently": 1,
+    }
 
 
 async def test_it_is_small_whatever_goes_on() -> None:

@@ -87,7 +87,8 @@ def test_serve_passes_host_and_port_on_and_ends_with_the_services_code(
 ) -> None:
     seen: list[Any] = []
 
-    def run(settings: Any, load: Any) -> int:
+    def run(settings: Any, *, supervised: bool, load: Any) -> int:
+        assert supervised is False
         assert load() == settings, "a reload reads what the start has read"
         seen.append((settings.server.host, settings.server.port))
         return 70

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from service import listening
-from service.listening import CannotListen, listen, open_files
+from service.listening import CannotListen, LateSockets, listen, open_files
 from service.settings import OpsSettings, Settings
 from tests.conftest import ROOT
 
@@ -87,3 +87,30 @@ def test_a_limit_may_be_infinite_and_the_kernel_may_refuse(
     fake = SimpleNamespace(RLIMIT_NOFILE=7, RLIM_INFINITY=INFINITE, getrlimit=lambda _: now[0], setrlimit=change)
     monkeypatch.setattr(listening, "resource", fake)
     assert open_files(4096) == granted
+
+
+def test_what_is_taken_is_had_as_soon_as_it_is_free_and_what_is_had_stays(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as public, socket.create_server(("127.0.0.1", 0)) as ops:
+        ports = public.getsockname()[1], ops.getsockname()[1]
+        late = LateSockets(settings(tmp_path, **{"server.port": ports[0], "ops.bind": f"127.0.0.1:{ports[1]}"}))
+        assert (late.public, late.ops) == (None, None)
+        taken = "; ".join(f"cannot listen on 127.0.0.1:{port}: Address already in use" for port in sorted(ports))
+        assert late.missing() == taken
+        ops.close()
+        assert late.missing() == f"cannot listen on 127.0.0.1:{ports[0]}: Address already in use"
+        had = late.ops
+        assert had is not None
+    assert late.missing() == ""
+    assert late.ops is had
+    assert late.public is not None
+    with socket.create_connection(late.public.getsockname()):
+        late.close()
+    assert late.missing() == "", "nothing is wanted any more"
+    assert late.public.fileno() == -1
+    late.close()
+
+
+def test_without_a_second_address_nothing_of_it_is_missing(tmp_path: Path) -> None:
+    late = LateSockets(settings(tmp_path, **{"ops.bind": ""}))
+    assert (late.missing(), late.ops) == ("", None)
+    late.close()

@@ -312,7 +312,7 @@ def test_serve_can_be_imported_without_mlx() -> None:
 @pytest.mark.usefixtures("_signals_as_they_were")
 def test_without_a_builder_the_applications_own_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = FakeEngine(fails="model")
-    monkeypatch.setattr(serve, "_build", lambda _: FakeApp(engine))
+    monkeypatch.setattr(serve, "_build", lambda *_: FakeApp(engine))
     assert serve.run(free_ports(tmp_path)) == os.EX_UNAVAILABLE
     assert engine.stopped
 

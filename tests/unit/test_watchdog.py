@@ -185,7 +185,7 @@ async def test_loading_has_a_bound_of_its_own_between_two_reports() -> None:
     async with watched.running() as (engine, watchdog):
         watched.clock.now += 899
         assert not watchdog.look()
-        engine._report_loading("weights", 1, 2)
+        engine.progress.reported()
         watched.clock.now += 899
         await asyncio.sleep(0)
         assert not watchdog.look()

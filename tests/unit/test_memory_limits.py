@@ -1,0 +1,75 @@
+"""MLX's own limits, and a load that asks for room first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from service.engine.loading import load_model, working_set
+from service.engine.memory_limits import LEAST_HEADROOM, limit_memory, weight_bytes
+from service.engine.mlx_backend import MlxBackend
+from service.errors import ModelTooLarge, NotEnoughMemory
+from service.settings import EngineSettings, Settings
+from service.supervision.memory import LEAST_BUDGET
+
+
+def settings(folder: Path, **engine: Any) -> Settings:
+    return Settings.load(None, {"model.reference": str(folder), **{f"engine.{name}": engine[name] for name in engine}})
+
+
+@pytest.fixture(autouse=True)
+def _limits_as_they_were() -> Iterator[None]:
+    before = memory_limit_now()
+    yield
+    mx.set_memory_limit(before)
+
+
+def memory_limit_now() -> int:
+    limit = mx.set_memory_limit(1 << 40)
+    mx.set_memory_limit(limit)
+    return int(limit)
+
+
+def test_the_limit_is_what_the_service_means_to_use_and_headroom(tiny_model_dir: Path) -> None:
+    backend = MlxBackend(settings(tiny_model_dir, memory_budget=1 << 30, buffer_cache_limit=1 << 20))
+    backend.load()
+    assert memory_limit_now() == weight_bytes(backend.model) + (1 << 30) + (1 << 20) + LEAST_HEADROOM
+    limit_memory(EngineSettings(), backend.model, 100 << 30)
+    assert memory_limit_now() == pytest.approx(1.05 * (100.5 * (1 << 30)), rel=0.001)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_safe_mode_has_half_of_the_budget(tiny_model_dir: Path, budget: int) -> None:
+    backend = MlxBackend(settings(tiny_model_dir, memory_budget=budget, memory_budget_share=0.5))
+    whole = budget or working_set() - weight_bytes(load_model(settings(tiny_model_dir)).model)
+    assert backend.load().memory.budget == whole // 2
+
+
+def test_room_is_asked_for_before_anything_is_read(tiny_model_dir: Path) -> None:
+    asked: list[int] = []
+
+    def none_left(need: int) -> None:
+        asked.append(need)
+        if len(asked) == 1:
+            raise NotEnoughMemory("none left")
+
+    backend = MlxBackend(settings(tiny_model_dir), load=partial(load_model, room=none_left))
+    before = mx.get_active_memory()
+    with pytest.raises(NotEnoughMemory):
+        backend.load()
+    assert mx.get_active_memory() == before
+    assert asked == [(tiny_model_dir / "model.safetensors").stat().st_size + LEAST_BUDGET]
+    assert backend.load().name == tiny_model_dir.name, "a fresh load when it is tried again"
+
+
+def test_a_model_larger_than_the_device_is_told_from_one_that_may_fit_later(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.loading.working_set", lambda: 1000)
+    with pytest.raises(ModelTooLarge, match="more than this device has"):
+        MlxBackend(settings(tiny_model_dir)).load()
