@@ -83,15 +83,19 @@ class App:
         return self.access.development_key
 
 
-def build(settings: Settings, backend: Backend | None = None) -> App:
-    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError."""
+def build(settings: Settings, backend: Backend | None = None, *, supervised: bool = False) -> App:
+    """Build the service over `backend`; without one over mlx, whose first import this is. Raises ConfigurationError.
+
+    `supervised` is how the process was started, for the record of its speed.
+    """
     metrics = Metrics()
     access = AccessService(settings, metrics)
     limits = Limits(settings, metrics, access.control.storage if settings.auth.enabled else None)
     if backend is None:
-        from service.engine.mlx_backend import MlxBackend
+        from service.engine.recording import RecordingBackend
+        from service.engine.speed_record import Started
 
-        backend = MlxBackend(settings)
+        backend = RecordingBackend(settings, Started.SUPERVISED if supervised else Started.SHELL)
     engine = Engine(backend, settings.engine, telemetry=Telemetry(metrics))
     otlp = _open_telemetry(settings, metrics, engine.clock)
     exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar

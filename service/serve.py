@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -87,10 +88,13 @@ def run(
     settings: Settings,
     build: Callable[[Settings], App] | None = None,
     leave: Callable[[int], object] | None = None,
+    *,
+    supervised: bool = False,
 ) -> int:
     """Serve until told to stop; returns the process's exit code. Must be called on the main thread.
 
     `leave` ends the process on the spot, for a second signal and for a generation thread that does not end.
+    `supervised` is how the process was started.
     Raises ConfigurationError for what only shows when it is used, such as a certificate.
     """
     try:
@@ -100,7 +104,7 @@ def run(
         return EX_CANNOT_LISTEN
     if leave is None:
         leave = leave_now
-    app = (build or _build)(settings)
+    app = (build or partial(_build, supervised=supervised))(settings)
     listeners = Listeners(settings, app, sockets)
     console = _console(settings, sockets, _credential(settings, app.open()))
     process = Process(listeners, app.engine, console, drain_timeout=settings.engine.drain_timeout, leave=leave)
@@ -128,10 +132,10 @@ def _flush() -> None:
             stream.flush()
 
 
-def _build(settings: Settings) -> App:
+def _build(settings: Settings, *, supervised: bool) -> App:
     from service.app import build  # the first import of mlx
 
-    return build(settings)
+    return build(settings, supervised=supervised)
 
 
 def _console(settings: Settings, sockets: Sockets, credential: Credential | None) -> Console:

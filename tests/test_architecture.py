@@ -20,6 +20,7 @@ SOURCES = architecture.read_sources(ROOT / "service")
 LAYERS = (  # from top to bottom; a module imports only from lower lines and from its own package
     {"__main__"},
     {"cli"},
+    {"doctor"},
     {"serve"},
     {"app", "console", "listening"},
     {"api"},
@@ -34,7 +35,7 @@ ENGINE_ON_MLX = [
     f"engine/{name}.py"
     for name in (
         *("mlx_backend", "batches", "decode_batch", "row_cache", "sampling", "prefix_cache"),
-        *("models", "demo_model", "loading", "warmup"),
+        *("models", "demo_model", "loading", "warmup", "device"),
     )
 ]
 FENCES = {
@@ -48,7 +49,7 @@ FENCES = {
     "limits": ["limits/"],
     "redis": ["limits/redis_store.py"],
     "prometheus_client": ["observability/", "cli/scrape.py"],
-    "psutil": ["observability/process.py"],
+    "psutil": ["doctor/surroundings.py", "observability/process.py"],
     "opentelemetry": ["observability/otlp.py", "observability/otlp_metrics.py", "observability/tracing.py"],
     "requests": ["observability/otlp.py"],
     "jose": ["auth/jwt.py"],

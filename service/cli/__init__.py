@@ -3,7 +3,7 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
+    1    the address cannot be listened on; a check found damage or a fault; a token is refused; there is no such key
     2    wrong usage of the command line
     69   the model cannot be had; the storage, or for `top` the service, cannot be asked
     70   the engine failed
@@ -24,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, token, top, usage
+from service.cli import db, doctor, keys, token, top, usage
 from service.cli.context import explained, load_settings, prepare
 
 
@@ -48,6 +48,7 @@ def commands() -> typer.Typer:
     app.command("version")(version)
     app.command("usage")(usage.usage)
     app.command("top")(top.top)
+    app.command("doctor")(doctor.doctor)
     model = group(name="model", help="The model that is served.")
     model.command("fetch")(model_fetch)
     config = group(name="config", help="The configuration.")

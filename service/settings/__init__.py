@@ -25,7 +25,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from service.settings.base import Group
+from service.settings.base import Group, SecretSetting, secret_settings
 from service.settings.groups import (
     AuthSettings,
     EngineSettings,
@@ -57,6 +57,7 @@ __all__ = [
     "OpsSettings",
     "PlanError",
     "PlanSettings",
+    "SecretSetting",
     "ServerSettings",
     "Settings",
     "StorageSettings",
@@ -65,6 +66,7 @@ __all__ = [
     "is_loopback",
     "private_tmpdir",
     "read_private",
+    "secret_settings",
     "write_private",
 ]
 

@@ -301,7 +301,7 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
 
 def test_without_a_builder_the_applications_own_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = FakeEngine(fails="model")
-    monkeypatch.setattr(serve, "_build", lambda _: FakeApp(engine))
+    monkeypatch.setattr(serve, "_build", lambda _, supervised: FakeApp(engine))
     assert serve.run(free_ports(tmp_path)) == os.EX_UNAVAILABLE
     assert engine.stopped
 
