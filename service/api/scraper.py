@@ -54,6 +54,7 @@ class Scraper:
         """Copy into the gauges what can be had at once."""
         metrics = self._metrics
         self._read_engine(self._engine.status())
+        metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         metrics.reservations_open.set(self._limits.open)
         up = self._access.storage_up()
         if up is not None:

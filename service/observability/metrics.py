@@ -202,6 +202,7 @@ class Metrics:
             buckets=LAG_SECONDS,
             registry=self.registry,
         )
+        self.event_loop_tasks = gauge("mlxd_event_loop_tasks", "Tasks of the event loop that are not done.")
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
         self.jwks_refreshes = counter("mlxd_jwks_refreshes", "Reads of an issuer's keys.", ("issuer", "outcome"))
         self.jwks_keys = gauge("mlxd_jwks_keys", "Usable keys of an issuer.", ("issuer",))
