@@ -23,8 +23,9 @@ from service.settings import PlanSettings
 
 T = TypeVar("T")
 
-NO_SETTINGS = Path(__file__).with_name("slowapi.env")
-"""Holds nothing. slowapi must be given a file, or it reads `.env`; nothing may be written for it, on a full disk."""
+NO_SETTINGS = "slowapi.env"
+"""Beside this file, and empty. slowapi must be given one, or it reads `.env`; making one would need a disk that can be
+written."""
 
 KNOWN_LIMITS = 1024
 """Different pairs of limits whose parsed form is kept."""
@@ -60,7 +61,7 @@ def build_limiter(clock: Callable[[], float], max_keys: int) -> RateLimiter:
         retry_after="delta-seconds",
         key_prefix="mlxd",
         enabled=True,
-        config_filename=str(NO_SETTINGS),
+        config_filename=str(Path(__file__).with_name(NO_SETTINGS)),
         key_style="endpoint",
     ).limiter
 
