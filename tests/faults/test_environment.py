@@ -228,7 +228,7 @@ time.time, time.time_ns = jumping, lambda: int(jumping() * 1e9)
 
 
 def test_a_clock_that_jumps(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """An hour on, two hours back, and home again, each time with a stream running: the wall clock of all Python code."""
+    """An hour on, two hours back and home again, a stream running each time: the wall clock of all Python code."""
     clock, site = tmp_path / "clock", tmp_path / "site"
     clock.write_text("0")
     site.mkdir()
