@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format soak fairness constraints clean
+.PHONY: help install serve test check format soak soak-traffic fairness constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ endef
 endif
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # One environment, made once. The stamps remember what it was made from: with both present no pip runs, so that
 # a second start needs neither time nor network. Changing the variant makes it anew.
@@ -95,6 +95,9 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts
 	@$(OPENBLAS_ENV) exec $(BIN)/python -m pytest --full-counts --timeout 7200 $(ARGS)
+
+soak-traffic: $(DEVELOP) ## Mixed traffic for half an hour: does anything grow? Draws docs/soak.svg (DURATION= seconds, OUT=)
+	@$(OPENBLAS_ENV) exec $(BIN)/python -m tests.load.soak --seconds $(or $(DURATION),1800) --out $(or $(OUT),docs)
 
 fairness: $(DEVELOP) ## Measure a flood beside a polite client and draw docs/fairness.svg; takes minutes
 	@$(OPENBLAS_ENV) exec $(BIN)/python -m tests.load.fairness

@@ -158,9 +158,11 @@ def build(
 
 def _mlx(settings: Settings, start: Start) -> Backend:
     from service.engine.loading import load_model
-    from service.engine.mlx_backend import MlxBackend
+    from service.engine.recording import RecordingBackend
+    from service.engine.speed_record import Started
 
-    return MlxBackend(settings, load=partial(load_model, room=start.room))
+    started = Started.SUPERVISED if start.supervised else Started.SHELL
+    return RecordingBackend(settings, started, load=partial(load_model, room=start.room))
 
 
 def _observers(

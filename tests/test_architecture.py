@@ -20,6 +20,7 @@ SOURCES = architecture.read_sources(ROOT / "service")
 LAYERS = (  # from top to bottom; a module imports only from lower lines and from its own package
     {"__main__"},
     {"cli"},
+    {"doctor"},
     {"serve"},
     {"process"},
     {"app", "console", "hangup", "leaving", "listening", "reload"},
@@ -35,7 +36,7 @@ ENGINE_ON_MLX = [
     f"engine/{name}.py"
     for name in (
         *("mlx_backend", "batches", "decode_batch", "row_cache", "sampling", "prefix_cache"),
-        *("models", "demo_model", "loading", "memory_limits", "warmup"),
+        *("models", "demo_model", "loading", "memory_limits", "warmup", "device"),
     )
 ]
 FENCES = {
@@ -49,7 +50,7 @@ FENCES = {
     "limits": ["limits/"],
     "redis": ["limits/redis_store.py"],
     "prometheus_client": ["observability/", "cli/scrape.py"],
-    "psutil": ["observability/process.py"],
+    "psutil": ["doctor/surroundings.py", "observability/process.py"],
     "opentelemetry": ["observability/otlp.py", "observability/otlp_metrics.py", "observability/tracing.py"],
     "requests": ["observability/otlp.py"],
     "jose": ["auth/jwt.py"],

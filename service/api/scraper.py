@@ -63,6 +63,7 @@ class Scraper:
         """Copy into the gauges what can be had at once."""
         metrics = self._metrics
         self._read_engine(self._engine.status())
+        metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         metrics.reservations_open.set(self._limits.open)
         metrics.loop_age.set(self._loop_age())
         up = self._access.storage_up()

@@ -75,6 +75,8 @@ class HttpsSource:
         self._allow_private = allow_private
         self._resolve = resolve
         self._timeout = timeout
+        self.date: str | None = None
+        """The `Date` of the last answer: the time as it is over there."""
 
     async def load(self) -> bytes:
         """The document. Raises KeySetError."""
@@ -118,6 +120,7 @@ class HttpsSource:
             extensions={"sni_hostname": self._url.host},
         )
         response = await client.send(request, stream=True, follow_redirects=False)
+        self.date = response.headers.get("date")
         try:
             if response.status_code != httpx.codes.OK:
                 raise KeySetError(f"answered {response.status_code}")

@@ -3,8 +3,8 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained; supervised also what another start could not help (69, 78)
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key; `service`: a
-         plan failed, not ready, or not drained
+    1    the address cannot be listened on; a check found damage or a fault; a token is refused; there is no such key;
+         `service`: a plan failed, not ready, or not drained
     2    wrong usage of the command line
     69   the model cannot be had; another engine runs here; the storage, or for `top` and `service` the service, cannot
          be asked
@@ -27,7 +27,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, service as service_commands, token, top, usage
+from service.cli import db, doctor, keys, service as service_commands, token, top, usage
 from service.cli.context import explained, load_settings, prepare, settings_loader, staying_down
 
 
@@ -51,6 +51,7 @@ def commands() -> typer.Typer:
     app.command("version")(version)
     app.command("usage")(usage.usage)
     app.command("top")(top.top)
+    app.command("doctor")(doctor.doctor)
     model = group(name="model", help="The model that is served.")
     model.command("fetch")(model_fetch)
     config = group(name="config", help="The configuration.")

@@ -13,19 +13,13 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
 from service.engine.backend import MemoryUse, ModelInfo
-from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
+from service.engine.memory import BUDGET_SHARE, HOST_SHARE, KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.memory_limits import weight_bytes
 from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
 from service.errors import ModelTooLarge, ModelUnavailable
 from service.settings import Settings
 from service.supervision.memory import needed
-
-BUDGET_SHARE = 0.8
-"""Share of the device's recommended working set that weights and caches together may use."""
-
-HOST_SHARE = 0.5
-"""The same of physical memory, where the device names no working set (CPU)."""
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 

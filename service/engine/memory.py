@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+BUDGET_SHARE = 0.8
+"""Share of the device's recommended working set that weights and caches together may use."""
+
+HOST_SHARE = 0.5
+"""The same of physical memory, where the device names no working set (CPU)."""
+
 KV_STEP = 256
 """Positions by which mlx-lm's caches grow (`KVCache.step`)."""
 

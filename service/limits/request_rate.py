@@ -7,10 +7,10 @@ nothing is read, and only the public `limiter` is used: the strategy over our st
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import TypeVar
 
 from limits import RateLimitItem, parse
@@ -22,6 +22,10 @@ from service.limits.windows import MAX_KEYS, SCHEME, MonotonicWindows
 from service.settings import PlanSettings
 
 T = TypeVar("T")
+
+NO_SETTINGS = "slowapi.env"
+"""Beside this file, and empty. slowapi must be given one, or it reads `.env`; making one would need a disk that can be
+written."""
 
 KNOWN_LIMITS = 1024
 """Different pairs of limits whose parsed form is kept."""
@@ -42,25 +46,24 @@ class _ClosedLimiter(Limiter):
 def build_limiter(clock: Callable[[], float], max_keys: int) -> RateLimiter:
     """slowapi's strategy over windows of ours."""
     options = {"clock": clock, "max_keys": max_keys}
-    with tempfile.NamedTemporaryFile(prefix="mlxd-", suffix=".env") as empty:  # a file must be named, or .env is read
-        return _ClosedLimiter(
-            key_func=_never,
-            default_limits=[],
-            application_limits=[],
-            headers_enabled=False,
-            strategy="moving-window",
-            storage_uri=f"{SCHEME}://",
-            storage_options=options,  # type: ignore[arg-type]  # handed to our storage as it is
-            auto_check=False,
-            swallow_errors=False,
-            in_memory_fallback=[],
-            in_memory_fallback_enabled=False,
-            retry_after="delta-seconds",
-            key_prefix="mlxd",
-            enabled=True,
-            config_filename=empty.name,
-            key_style="endpoint",
-        ).limiter
+    return _ClosedLimiter(
+        key_func=_never,
+        default_limits=[],
+        application_limits=[],
+        headers_enabled=False,
+        strategy="moving-window",
+        storage_uri=f"{SCHEME}://",
+        storage_options=options,  # type: ignore[arg-type]  # handed to our storage as it is
+        auto_check=False,
+        swallow_errors=False,
+        in_memory_fallback=[],
+        in_memory_fallback_enabled=False,
+        retry_after="delta-seconds",
+        key_prefix="mlxd",
+        enabled=True,
+        config_filename=str(Path(__file__).with_name(NO_SETTINGS)),
+        key_style="endpoint",
+    ).limiter
 
 
 def _never() -> str:

@@ -213,6 +213,7 @@ class Metrics:
         )
         self.safe_mode = gauge("mlxd_safe_mode", "1 while the service runs in safe mode.")
         self.recent_deaths = gauge("mlxd_recent_deaths", "Supervised starts that died within the last hour.")
+        self.event_loop_tasks = gauge("mlxd_event_loop_tasks", "Tasks of the event loop that are not done.")
         self.log_lines_dropped = counter("mlxd_log_lines_dropped", "Log lines that could not be written in time.")
         self.config_reloads = counter("mlxd_config_reloads", "Reloads of the configuration, by outcome.", ("outcome",))
         self.jwks_refreshes = counter("mlxd_jwks_refreshes", "Reads of an issuer's keys.", ("issuer", "outcome"))

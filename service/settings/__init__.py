@@ -27,7 +27,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from service.settings.base import Group
+from service.settings.base import Group, SecretSetting, secret_settings
 from service.settings.groups import (
     AuthSettings,
     EngineSettings,
@@ -61,6 +61,7 @@ __all__ = [
     "OpsSettings",
     "PlanError",
     "PlanSettings",
+    "SecretSetting",
     "ServerSettings",
     "Settings",
     "StorageSettings",
@@ -71,6 +72,7 @@ __all__ = [
     "is_loopback",
     "private_tmpdir",
     "read_private",
+    "secret_settings",
     "write_private",
 ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,35 @@ def _given(value: object) -> object:
     return None if value == "" else value
 
 
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """Marks a setting whose file holds a secret. `enforced`: the service refuses one that others may read."""
+
+    enforced: bool = True
+
+
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 OptionalFile = Annotated[FilePath | None, BeforeValidator(_given)]
+SecretFile = Annotated[FilePath | None, BeforeValidator(_given), Secret()]
 Network = Annotated[str, AfterValidator(_network)]
+
+
+@dataclass(frozen=True, slots=True)
+class SecretSetting:
+    """A setting that names a secret's file, by its dotted key."""
+
+    key: str
+    file: Path
+    enforced: bool
+
+
+def secret_settings(group: BaseModel, prefix: str = "") -> Iterator[SecretSetting]:
+    """Every secret's file that is configured, however deep."""
+    for name, field in type(group).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(group, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, Secret)]
+        if marks and value is not None:
+            yield SecretSetting(key, value, marks[0].enforced)
+        members = value if isinstance(value, tuple) else (value,)
+        for number, member in enumerate(each for each in members if isinstance(each, BaseModel)):
+            yield from secret_settings(member, f"{key}[{number}]." if isinstance(value, tuple) else f"{key}.")

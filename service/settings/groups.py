@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from service.settings.base import FilePath, Group, Network, OptionalFile
+from service.settings.base import FilePath, Group, Network, OptionalFile, Secret, SecretFile
 from service.settings.issuers import IssuerSettings
 
 MAX_PORT = 65535
@@ -37,7 +37,9 @@ class ServerSettings(Group):
         Path("~/.local/state/mlxd"), description="Models, compiled kernels, keys, the audit log."
     )
     tls_certificate: OptionalFile = Field(None, description="PEM file of the certificate chain; TLS 1.2 or newer.")
-    tls_key: OptionalFile = Field(None, description="PEM file of the certificate's private key.")
+    tls_key: Annotated[OptionalFile, Secret(enforced=False)] = Field(
+        None, description="PEM file of the certificate's private key."
+    )
     trusted_proxies: tuple[Network, ...] = Field(
         (), description="Networks (CIDR) of proxies in front: X-Forwarded-For is believed from there only."
     )
@@ -182,7 +184,7 @@ class MetricsSettings(Group):
 
 class StorageSettings(Group):
     url: str = Field("", description="SQLAlchemy URL; empty means SQLite in the state directory.")
-    url_file: OptionalFile = Field(None, description="File (0600) that holds the URL when it contains a password.")
+    url_file: SecretFile = Field(None, description="File (0600) that holds the URL when it contains a password.")
     busy_timeout: float = Field(2.0, gt=0, le=30, description="Seconds a write waits for another process's lock.")
     usage_days: int = Field(400, ge=32, le=3660, description="Days for which each request's usage is kept.")
 
@@ -192,7 +194,7 @@ class AuthSettings(Group):
     environment: str = Field(
         "live", pattern=r"\A[a-z][a-z0-9]{0,11}$", description="Part of every new key's text, to tell keys apart."
     )
-    pepper_file: OptionalFile = Field(
+    pepper_file: SecretFile = Field(
         None, description="File (0600) of the secrets that hash keys; made on first use in the state directory."
     )
     stale_for: float = Field(

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from service.settings.base import Group, OptionalFile
+from service.settings.base import Group, OptionalFile, SecretFile
 
 Algorithm = Literal["HS256", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512"]
 GrantedScope = Literal["inference", "models", "metrics", "usage", "admin"]
@@ -64,7 +64,7 @@ class IssuerSettings(Group):
     max_lifetime: int = Field(86_400, gt=0, le=2_592_000, description="Most seconds from `iat` to `exp`.")
     jwks_file: OptionalFile = Field(None, description="The key set, as a file; looked at every second.")
     jwks_url: Annotated[str, AfterValidator(_https)] = Field("", description="The key set, from an https address.")
-    secret_file: OptionalFile = Field(
+    secret_file: SecretFile = Field(
         None, description="File (0600) of 32 bytes or more; a newline at its end does not count. HS256 only."
     )
     jwks_ttl: int = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from service.settings.base import Group, OptionalFile
+from service.settings.base import Group, SecretFile
 from service.settings.issuers import PlanName
 
 DEFAULT = "default"
@@ -80,7 +80,7 @@ class LimitsSettings(Group):
     failed_authentication_per_minute: PerMinute = Field(
         60, description="Failed credentials from one address (IPv6: one /64) in a minute; beyond it 429."
     )
-    redis_url_file: OptionalFile = Field(
+    redis_url_file: SecretFile = Field(
         None, description="File (0600) with the URL of the Redis that several instances share; empty: none."
     )
     redis_timeout: float = Field(0.1, gt=0, le=0.1, description="Seconds that a request waits for Redis, at most.")

@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from service.settings.base import Group, OptionalFile
+from service.settings.base import Group, SecretFile
 from service.settings.private import ConfigurationError, read_private
 
 _HEADER = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?)[ \t]*")
@@ -46,7 +46,7 @@ class TracingSettings(Group):
     sample_ratio: float = Field(
         1.0, ge=0, le=1, description="Share of the traces that begin here; a caller's own decision holds for its trace."
     )
-    headers_file: OptionalFile = Field(
+    headers_file: SecretFile = Field(
         None, description="File (0600) of headers for the collector, one `name: value` a line; needs https or loopback."
     )
     metrics: bool = Field(False, description="Send OpenTelemetry's gen_ai metrics to the same collector.")

@@ -29,9 +29,12 @@ class Finding:
     detail: str
 
 
-def inspect(settings: StorageSettings, state_dir: Path) -> Sequence[Finding]:
-    """Look at everything. Raises StorageFailure when the database cannot be asked at all, and ConfigurationError."""
-    location = locate(settings, state_dir, create=False)
+def inspect(settings: StorageSettings, state_dir: Path, *, repair: bool = True) -> Sequence[Finding]:
+    """Look at everything; `repair` as of `locate`.
+
+    Raises StorageFailure when the database cannot be asked at all, and ConfigurationError.
+    """
+    location = locate(settings, state_dir, create=False, repair=repair)
     with engines.used(engines.reader(location, busy_timeout=settings.busy_timeout)) as reader:
         return [_finding(reader, name, look) for name, look in _LOOKS]
 

@@ -37,8 +37,9 @@ class Location:
         return str(self.file or self.url)  # SQLAlchemy hides the password
 
 
-def locate(settings: StorageSettings, state_dir: Path, *, create: bool) -> Location:
+def locate(settings: StorageSettings, state_dir: Path, *, create: bool, repair: bool = True) -> Location:
     """Find the database, and for SQLite make its folder (0700) and its file (0600) when `create` and there is none.
+    What of ours others may read is closed to them; without `repair` it is an error.
 
     Raises ConfigurationError for a URL that cannot be used and for a file or folder that is not ours alone, and
     StorageFailure when there is no file and none is to be made.
@@ -53,11 +54,11 @@ def locate(settings: StorageSettings, state_dir: Path, *, create: bool) -> Locat
     if not present and not create:
         raise StorageFailure(Reason.UNREACHABLE, f"There is no database at {file}; run: mlxd db migrate")
     try:
-        _own_folder(file.parent, make=create, make_private=file.parent == state_dir)
+        _own_folder(file.parent, make=create, make_private=repair and file.parent == state_dir)
         _refuse_network(file.parent)
         if not present:
             _create(file)
-        _own_file(file)
+        _own_file(file, make_private=repair)
     except OSError as error:
         raise ConfigurationError(f"{file}: cannot be used as the database: {error.strerror}") from None
     return Location(url.set(drivername="sqlite+pysqlite"), file)
@@ -110,7 +111,7 @@ def _own_folder(folder: Path, *, make: bool, make_private: bool) -> None:
         os.close(handle)
 
 
-def _own_file(file: Path) -> None:
+def _own_file(file: Path, *, make_private: bool) -> None:
     """Looks by name and never opens: closing a second handle would drop the locks of SQLite's own (POSIX)."""
     found = file.lstat()
     if not stat.S_ISREG(found.st_mode):
@@ -118,6 +119,8 @@ def _own_file(file: Path) -> None:
     if found.st_uid != os.geteuid():
         raise ConfigurationError(f"{file}: must belong to the user that runs mlxd")
     if stat.S_IMODE(found.st_mode) & 0o077:
+        if not make_private:
+            raise ConfigurationError(f"{file}: is the database and is open to others; chmod 600 it")
         file.chmod(0o600)  # the folder is ours alone, so it is still the file that was looked at
 
 

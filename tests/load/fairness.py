@@ -27,6 +27,7 @@ from service.engine.mlx_backend import MlxBackend
 from service.engine.telemetry import Telemetry
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from tests.load.svg import svg
 
 ROOT = Path(__file__).parent.parent.parent
 COLOURS = {"no flood": "#4c8a4c", "fair": "#2f6db0", "first-come": "#b0402f"}
@@ -194,9 +195,7 @@ def drawing(found: Mapping[str, Sequence[float]]) -> str:
             at = x(percentile(values, share))
             parts.append(f'<line x1="{at:.1f}" y1="{y - 12}" x2="{at:.1f}" y2="{y + 12}" stroke="{colour}"/>')
             parts.append(f'<text x="{at:.1f}" y="{y + below}" font-size="10" text-anchor="middle">{label}</text>')
-    size = f'width="640" height="{bottom + 30}" viewBox="0 0 640 {bottom + 30}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
+    return svg(640, bottom + 30, parts)
 
 
 async def _main(settings: Settings, load: Load) -> dict[str, list[float]]:
