@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from service.cli.context import load_settings
-from service.cli.reach import configured
+from service.cli.reach import admin_api, configured
 
 if TYPE_CHECKING:
     from service.launchd.environment import Model
@@ -92,7 +92,7 @@ def parts_of(layout: Layout, settings: Settings, wait: float) -> Parts:
             partial(_probe, settings),
             launchd,
             timeout=wait,
-            explain=lambda: _last_words(layout),
+            explain=lambda: last_words(layout),
         ),
     )
 
@@ -104,8 +104,8 @@ def launchd_of(layout: Layout) -> Launchd | None:
     return None if layout.staged or sys.platform != "darwin" else Launchctl(layout.domain, layout.name)
 
 
-def gather(context: typer.Context, layout: Layout) -> dict[str, Any]:
-    """What is known of an installation, by name; None for what is not. Raises nothing."""
+def gather(context: typer.Context, layout: Layout, key_file: Path | None) -> dict[str, Any]:
+    """What is known of an installation, by name; None for what is not. `key_file` opens `/admin/status`."""
     from service.launchd.launchctl import LaunchdError
     from service.launchd.notes import last_start
 
@@ -128,7 +128,15 @@ def gather(context: typer.Context, layout: Layout) -> dict[str, Any]:
         found |= {"started": start.began, "became_ready": start.ready, "ended": start.ended}
         found |= {"exit_code": start.exit_code, "reason": start.reason or None, "safe_mode": start.safe_mode or None}
     answer = _probe(settings)
-    return found | {"ready": answer.ready, "state": answer.state, "reasons": list(answer.reasons)}
+    found |= {"ready": answer.ready, "state": answer.state, "reasons": list(answer.reasons)}
+    return found | (_reload(settings, key_file) if key_file is not None and answer.reachable else {})
+
+
+def _reload(settings: Settings, key_file: Path) -> dict[str, Any]:
+    """How the last reload of the running service ended; nothing before the first."""
+    with admin_api(settings, None, key_file) as call:
+        last = call("GET", "/admin/status").get("reload") or {}
+    return {f"reload_{key}": last[key] for key in ("at", "problems", "restart_needed") if key in last}
 
 
 def _plist_problems(layout: Layout, settings: Settings) -> list[str] | None:
@@ -149,7 +157,7 @@ def _probe(settings: Settings) -> Readiness:
         return Readiness(ready=False, reachable=False, state=None, reasons=(error.message,))
 
 
-def _last_words(layout: Layout) -> str:
+def last_words(layout: Layout) -> str:
     """What the service said at last, for the message of a plan that failed."""
     from service.launchd.notes import last_lines, last_start
 

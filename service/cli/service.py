@@ -133,11 +133,14 @@ def status(
     agent: Agent = False,
     name: Name = NAME,
     root: Root = Path("/"),
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A key (0600) with the scope admin: tells of the last reload.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What launchd, the service's own notes, its plist and `/readyz` say. Exit code 1 when it is not ready."""
     layout = layout_of(context, agent, name, root)
-    found = gather(context, layout)
+    found = gather(context, layout, key_file)
     if as_json:
         print_json(found)
     else:

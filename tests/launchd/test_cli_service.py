@@ -4,6 +4,8 @@ import json
 import os
 import plistlib
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,54 @@ def test_status_says_why_a_configuration_keeps_it_down(tmp_path: Path, mac: dict
     assert "server.prot: unknown key" in text
     assert "is no property list" in text
     assert "not running" in text
+
+
+def test_an_agents_plan_copies_nothing_and_asks_nobody_for_root(
+    config: str, tmp_path: Path, mac: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    result = invoke("--config", config, "service", "install", "--agent", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert f"+ file {tmp_path}/home/Library/LaunchAgents/mlxd.plist (mode 644)" in result.stdout
+    assert f"into gui/{os.getuid()}" in result.stdout
+    assert "versions" not in result.stdout
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_did_not_become_ready_is_told_with_its_last_words(tmp_path: Path) -> None:
+    layout = Layout.daemon(root=tmp_path)
+    for each in (layout.state, layout.logs):
+        each.mkdir(parents=True)
+    assert installation.last_words(layout) == ""
+    (layout.state / "starts.json").write_text('{"starts": [{"reason": "not enough memory"}]}')
+    layout.crash_log.write_text("".join(f"line {number}\n" for number in range(40)))
+    layout.log.symlink_to(layout.crash_log)
+    assert installation.last_words(layout).splitlines() == [
+        "it noted: not enough memory",
+        f"last lines of {layout.crash_log}:",
+        *(f"line {number}" for number in range(25, 40)),
+    ]
+
+
+def test_status_tells_of_the_last_reload_to_who_has_a_key(
+    tmp_path: Path, mac: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def admin_api(settings: object, url: None, key_file: Path) -> Iterator[Callable[[str, str], dict[str, Any]]]:
+        assert key_file == tmp_path / "key"
+        last = {"at": 2.5, "problems": ["server.prot: unknown key"], "applied": [], "restart_needed": ["server.port"]}
+        yield lambda method, path: {"GET /admin/status": {"reload": last}}[f"{method} {path}"]
+
+    monkeypatch.setattr(installation, "admin_api", admin_api)
+    arguments = ("service", "status", "--root", str(tmp_path), "--json", "--key-file", str(tmp_path / "key"))
+    found = json.loads(invoke(*arguments).stdout)
+    assert {key: value for key, value in found.items() if key.startswith("reload_")} == {
+        "reload_at": 2.5,
+        "reload_problems": ["server.prot: unknown key"],
+        "reload_restart_needed": ["server.port"],
+    }
+    mac["answer"] = Readiness(ready=False, reachable=False, state=None, reasons=("nobody answers",))
+    assert "reload_at" not in json.loads(invoke(*arguments).stdout)
 
 
 def test_status_tells_what_launchctl_could_not(tmp_path: Path, mac: dict[str, Any]) -> None:

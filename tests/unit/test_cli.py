@@ -88,16 +88,15 @@ def test_serve_passes_host_and_port_on_and_ends_with_the_services_code(
     seen: list[Any] = []
 
     def run(settings: Any, *, supervised: bool, load: Any) -> int:
-        assert supervised is False
         assert load() == settings, "a reload reads what the start has read"
-        seen.append((settings.server.host, settings.server.port))
+        seen.append((settings.server.host, settings.server.port, supervised))
         return 70
 
     monkeypatch.setattr(serve, "run", run)
     monkeypatch.setattr(serve, "leave_now", sys.exit)
     assert invoke("--config", config, "serve", "--host", "::1", "--port", "0").exit_code == 70
-    assert invoke("--config", config, "serve").exit_code == 70
-    assert seen == [("::1", 0), ("127.0.0.1", 1234)]
+    assert invoke("--config", config, "serve", "--supervised").exit_code == 70
+    assert seen == [("::1", 0, False), ("127.0.0.1", 1234, True)]
 
 
 @contextmanager
