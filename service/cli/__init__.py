@@ -3,10 +3,11 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained
-    1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
+    1    the address cannot be listened on; native code kept the interpreter from running; a check found damage; a
+         token is refused; there is no such key
     2    wrong usage of the command line
     69   the model cannot be had; the storage, or for `top` the service, cannot be asked
-    70   the engine failed
+    70   the engine failed, or the watchdog found it or the event loop stuck
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain
     143  as 130, by SIGTERM
