@@ -81,11 +81,14 @@ def run_cell(fault: str, phase: str, folder: Path) -> Outcome:
     }
     (folder / "settings").write_text(json.dumps(settings))
     began = time.time()
-    with _process(fault, phase, folder) as process, ThreadPoolExecutor(3) as pool:
-        url = _banner_url(process, folder / "log")
+    with (
+        _process(fault, phase, folder) as process,
+        httpx.Client(timeout=TIMEOUT, verify=False) as http,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        http.base_url = _banner_url(process, folder / "log")
         start = time.time() - began
         ended = pool.submit(_wait, process)
-        http = httpx.Client(base_url=url, timeout=TIMEOUT, verify=False)
         clients = _clients(http, phase, pool)
         if phase == "draining":
             process.send_signal(signal.SIGTERM)

@@ -3,12 +3,12 @@
 Exit codes, of every command:
 
     0    done; for `serve`: asked to stop, and drained; supervised also what another start could not help (69, 78)
-    1    the address cannot be listened on; a check found damage or a fault; a token is refused; there is no such key;
-         `service`: a plan failed, not ready, or not drained
+    1    the address cannot be listened on; native code kept the interpreter from running; a check found damage or a
+         fault; a token is refused; there is no such key; `service`: a plan failed, not ready, or not drained
     2    wrong usage of the command line
     69   the model cannot be had; another engine runs here; the storage, or for `top` and `service` the service, cannot
          be asked
-    70   the engine failed
+    70   the engine failed, or the watchdog found it or the event loop stuck
     77   `service` needs root
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain and nobody supervises

@@ -48,6 +48,23 @@ async def test_a_full_queue_is_busy_and_healthy() -> None:
     assert (await Client(service).get("/readyz")).json()["waiting"] == 10_000
 
 
+async def test_stuck_is_not_busy_and_not_ready_before_the_watchdog_ends_it() -> None:
+    service = Service()
+    service.engine.waiting = 10_000
+    for age, status in ((None, 200), (29.9, 200), (30.1, 503)):
+        service.engine.progress_age = age
+        for path in ("/health", "/readyz"):
+            assert (await Client(service).get(path)).status == status
+    assert (await Client(service).get("/health")).json() == {"status": "stalled", "model_loaded": True}
+    ready = (await Client(service).get("/readyz")).json()
+    assert (ready["reasons"], ready["state"]) == (["the engine has made no progress for 30 s"], "ready")
+    assert (ready["progress_age_seconds"], ready["event_loop_age_seconds"]) == (30.1, 0.0)
+    assert (await Client(service).get("/livez")).status == 200
+    metrics = (await Client(service).get("/metrics")).body.decode().splitlines()
+    assert "mlxd_engine_progress_age_seconds 30.1" in metrics
+    assert "mlxd_event_loop_heartbeat_age_seconds 0.0" in metrics
+
+
 async def test_readiness_says_when_the_model_serves_one_at_a_time() -> None:
     service = Service()
     assert service.engine.info is not None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def test_batched_rows_of_mixed_lengths_equal_mlx_lm_alone(backend: MlxBackend, f
         backend.insert(row(uid, prompt))
     tokens, _ = finish(backend, len(asked))
     assert tokens == {uid: alone(backend, folder, prompt) for uid, prompt in enumerate(asked)}
+
+
+def test_no_two_steps_with_rows_in_a_row_bring_nothing(backend: MlxBackend) -> None:
+    """What the watchdog goes by; the odd one launches a token that the next one hands over."""
+    for uid, prompt in enumerate(prompts(8)):
+        backend.insert(row(uid, prompt))
+    _, results = finish(backend, 8)
+    barren = [not result.fruitful for result in results]
+    assert not any(both == (True, True) for both in pairwise(barren))
+    assert sum(result.copies for result in results) >= len(backend.model.layers)
+
+
+def test_the_pool_is_given_back_from_another_thread_while_rows_live(backend: MlxBackend, folder: Path) -> None:
+    asked = [5, 6, 7]
+    backend.insert(row(0, asked))
+    for _ in range(3):
+        backend.step()
+    thread = threading.Thread(target=backend.release_pool)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    tokens, _ = finish(backend, 1)
+    assert tokens[0] == alone(backend, folder, asked)[-len(tokens[0]) :]
 
 
 def test_late_joins_and_cached_prefixes_equal_mlx_lm_alone(backend: MlxBackend, folder: Path) -> None:
