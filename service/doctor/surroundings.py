@@ -25,7 +25,9 @@ import psutil
 from service.auth.jwks import KeySetError
 from service.auth.jwks_https import HttpsSource, tls_context
 from service.engine.speed_record import Speed
+from service.launchd.layout import NAME, Layout
 from service.settings import ConfigurationError, IssuerSettings, Settings
+from service.supervision.starts import StartLedger
 
 COMMAND_TIMEOUT = 20.0
 ANSWER_TIMEOUT = 3.0
@@ -76,14 +78,10 @@ class Holder:
     files: int | None = None
 
 
-PlistLint = Callable[[Settings], Mapping[Path, Sequence[str]]]
-"""What is wrong with each property list that is installed, by file."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """`now` is wall time, `euid` who asks. `measure` loads the model; None unless that was asked for. `plist_lint` and
-    `start_trouble` (why the last start did not serve) are None where this program has no such part."""
+    """`now` is wall time, `euid` who asks. `measure` loads the model; None unless that was asked for. `plists` are those
+    that may be installed; `start_trouble` is why the last supervised start did not serve, or empty."""
 
     settings: Settings
     machine: Machine
@@ -97,8 +95,8 @@ class Surroundings:
     now: Callable[[], float] = time.time
     euid: int = 0
     measure: Callable[[], Speed] | None = None
-    plist_lint: PlistLint | None = None
-    start_trouble: Callable[[Settings], str | None] | None = None
+    plists: Sequence[Path] = ()
+    start_trouble: str = ""
 
     @property
     def state_dir(self) -> Path:
@@ -181,6 +179,8 @@ def here(settings: Settings, measure: Callable[[], Speed] | None = None) -> Surr
         key_set=key_set_of,
         euid=os.geteuid(),
         measure=measure,
+        plists=(Layout.daemon().plist, Path.home() / "Library/LaunchAgents" / f"{NAME}.plist"),
+        start_trouble=StartLedger(settings.server.state_dir).read().down_because,
     )
 
 

@@ -118,11 +118,8 @@ def prepare(settings: Settings, *, supervised: bool) -> Start:
     if not supervised:
         return Start(settings)
     ledger = StartLedger(settings.server.state_dir)
-    history = ledger.read()
     earlier = [
-        start
-        for start in history.starts
-        if start.began > history.forgiven and not (start.ended is None and is_running(start.pid, start.began))
+        start for start in ledger.read().starts if start.ended is not None or not is_running(start.pid, start.began)
     ]
     return Start(settings, ledger, judge(earlier, settings.supervised, now=ledger.now(), boot=boot_time()))
 

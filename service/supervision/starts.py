@@ -52,12 +52,11 @@ class StartRecord(BaseModel):
 
 
 class History(BaseModel):
-    """What the file holds, oldest start first. Starts that began before `forgiven` are not held against the next."""
+    """What the file holds, oldest start first."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     starts: tuple[StartRecord, ...] = ()
-    forgiven: float = 0.0
 
     @property
     def down_because(self) -> str:
@@ -97,10 +96,6 @@ class StartLedger:
         now, ours = self.now(), [each for each in self.read().starts if each.pid == os.getpid() and each.ended is None]
         record = ours[-1] if ours else StartRecord(began=now, pid=os.getpid())
         self.put(record.model_copy(update={"ended": now, "exit_code": os.EX_OK, "reason": reason}))
-
-    def forgive(self) -> None:
-        """Hold nothing so far against the next start: no back-off, no safe mode."""
-        self._write(self.read().model_copy(update={"forgiven": self.now()}))
 
     def _write(self, history: History) -> None:
         short = tuple(each.model_copy(update={"reason": each.reason[:MAX_REASON]}) for each in history.starts)

@@ -25,6 +25,7 @@ from service.engine.recording import RecordingBackend, measure
 from service.engine.speed_record import FILE_NAME, Started, read
 from service.errors import ModelUnavailable
 from service.settings import IssuerSettings, Settings
+from service.supervision.start import prepare
 from tests.fakes import FakeBackend
 from tests.https_server import HOST, https_server, make_certificates, response
 from tests.serving import make_key, served
@@ -225,7 +226,7 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_start(tmp_path: Path)
 def test_how_the_service_was_started_reaches_its_backend(tmp_path: Path) -> None:
     settings = Settings.load(None, {"server.state_dir": tmp_path})
     for supervised, started in ((True, Started.SUPERVISED), (False, Started.SHELL)):
-        backend = build(settings, supervised=supervised).engine._backend
+        backend = build(settings, start=prepare(settings, supervised=supervised)).engine._backend
         assert isinstance(backend, RecordingBackend)
         assert backend._started is started
 

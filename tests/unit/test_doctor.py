@@ -17,11 +17,14 @@ import pytest
 from service.doctor import launch, machine, model, network, ownership, storage, surroundings
 from service.doctor.checks import CHECKS, examine, healthy
 from service.doctor.finding import Finding, Verdict, ok
-from service.doctor.surroundings import Holder, KeysDocument, Machine, Ran, Surroundings
+from service.doctor.surroundings import Holder, KeysDocument, Machine, Ran, Surroundings, here
 from service.engine import demo_model
 from service.engine.speed_record import Speed, Started, record
+from service.launchd.layout import Layout
+from service.launchd.plist import Job
 from service.settings import Settings, secret_settings, sections
 from service.storage.database import Database
+from service.supervision.starts import StartLedger
 from tests.databases import create
 from tests.token_authority import key_set, rsa_jwk, rsa_key
 
@@ -630,21 +633,29 @@ def test_weights_that_become_dense_on_a_cpu_are_counted_so(
 # -- launchd and speed ------------------------------------------------------------------------------------
 
 
-def test_property_lists_are_linted_where_that_can_be(tmp_path: Path) -> None:
-    says(only(launch.plists, around(tmp_path)), Verdict.SKIPPED, "installs nothing")
-    says(only(launch.plists, around(tmp_path, plist_lint=lambda _: {})), Verdict.SKIPPED, "nothing is installed")
+def test_property_lists_that_are_installed_are_linted_and_must_fit_the_settings(tmp_path: Path) -> None:
     file = tmp_path / "mlxd.plist"
+    says(only(launch.plists, around(tmp_path, plists=[file])), Verdict.SKIPPED, "nothing is installed")
+    mac = around(tmp_path, plists=[file])
+    file.write_bytes(Job.of(Layout.daemon(), mac.settings).render())
+    says(only(launch.plists, mac), Verdict.OK, "is sound")
+    longer = around(tmp_path, {"engine.drain_timeout": 500}, plists=[file])
+    says(only(launch.plists, longer), Verdict.FAIL, "ExitTimeOut", "mlxd service install")
     file.write_bytes(plistlib.dumps({"KeepAlive": True}))
-    bad = around(tmp_path, plist_lint=lambda _: {file: ["KeepAlive is no dictionary"]})
-    says(only(launch.plists, bad), Verdict.FAIL, "KeepAlive is no dictionary", "mlxd service install")
-    says(only(launch.plists, around(tmp_path, plist_lint=lambda _: {file: []})), Verdict.OK, "is sound")
+    says(only(launch.plists, mac), Verdict.FAIL, "KeepAlive", "mlxd service install")
 
 
-def test_the_last_start_is_told_where_it_is_known(tmp_path: Path) -> None:
-    says(only(launch.last_start, around(tmp_path)), Verdict.SKIPPED, "no record")
-    says(only(launch.last_start, around(tmp_path, start_trouble=lambda _: None)), Verdict.OK, "no trouble")
-    told = around(tmp_path, start_trouble=lambda _: "server.port: must be a number")
+def test_the_last_start_is_told(tmp_path: Path) -> None:
+    says(only(launch.last_start, around(tmp_path)), Verdict.OK, "no trouble")
+    told = around(tmp_path, start_trouble="server.port: must be a number")
     says(only(launch.last_start, told), Verdict.WARN, "server.port", "service status")
+
+
+def test_what_the_ledger_of_starts_says_is_what_the_doctor_sees(tmp_path: Path) -> None:
+    settings = Settings.load(None, {"server.state_dir": tmp_path})
+    assert here(settings).start_trouble == ""
+    StartLedger(tmp_path).refuse("configuration: wrong")
+    assert here(settings).start_trouble == "configuration: wrong"
 
 
 def a_speed(decode: float, prefill: float = 1000.0, name: str = "m") -> Speed:

@@ -111,14 +111,6 @@ def test_a_start_that_still_runs_has_not_died(tmp_path: Path, gone: int) -> None
     assert prepare(settings(tmp_path), supervised=True).verdict.delay == 1
 
 
-def test_what_was_forgiven_is_not_held_against_it(tmp_path: Path, gone: int) -> None:
-    ledger = StartLedger(tmp_path)
-    for ago in (30, 20, 10):
-        ledger.put(StartRecord(began=time.time() - ago, pid=gone, ready=time.time() - ago + 1))
-    ledger.forgive()
-    assert prepare(settings(tmp_path), supervised=True).verdict == Verdict()
-
-
 def test_a_machine_that_came_up_since_the_last_start_went_down_under_it(tmp_path: Path, gone: int) -> None:
     StartLedger(tmp_path).put(StartRecord(began=boot_time() - 60, pid=gone, ready=boot_time() - 30))
     verdict = prepare(settings(tmp_path), supervised=True).verdict

@@ -97,7 +97,6 @@ def test_a_ledger_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ledger = StartLedger(tmp_path / "file")
     ledger.put(StartRecord(began=1, pid=1))
-    ledger.forgive()
     assert ledger.read() == History()
 
 
@@ -134,10 +133,3 @@ def test_a_refusal_without_a_start_is_one(ledger: StartLedger) -> None:
     assert ledger.read().down_because == "why"
     ledger.put(StartRecord(began=2000.0, pid=1))
     assert ledger.read().down_because == "", "it runs again"
-
-
-def test_to_forgive_is_kept_with_what_came_before(ledger: StartLedger) -> None:
-    ledger.put(StartRecord(began=1, pid=1))
-    ledger.forgive()
-    ledger.put(StartRecord(began=1001.0, pid=2))
-    assert (ledger.read().forgiven, len(ledger.read().starts)) == (1000.0, 2)
