@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from service.engine.loading import unheard
+from service.engine.loading import LoadedModel, Report, load_model, unheard
 from service.engine.mlx_backend import MlxBackend
 from service.engine.speed_record import Speed, Started, record
 from service.settings import ConfigurationError, Settings
@@ -17,8 +17,15 @@ from service.settings import ConfigurationError, Settings
 class RecordingBackend(MlxBackend):
     """Writes what warm-up measured into the state directory, as of a process `started` like this."""
 
-    def __init__(self, settings: Settings, started: Started, *, now: Callable[[], float] = time.time) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        started: Started,
+        *,
+        load: Callable[[Settings, Report], LoadedModel] = load_model,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(settings, load=load)
         self._folder = settings.server.state_dir
         self._started = started
         self._now = now
