@@ -80,8 +80,8 @@ class Holder:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """`now` is wall time, `euid` who asks. `measure` loads the model; None unless that was asked for. `plists` are those
-    that may be installed; `start_trouble` is why the last supervised start did not serve, or empty."""
+    """`now` is wall time, `euid` who asks. `measure` loads the model; None unless that was asked for. `plists` may be
+    installed; `start_trouble` is why the last supervised start did not serve, or empty."""
 
     settings: Settings
     machine: Machine
