@@ -101,7 +101,7 @@ def build(settings: Settings, backend: Backend | None = None) -> App:
     counters = Telemetry(metrics)
     canary_interval = settings.watchdog.canary_interval
     engine = Engine(backend, settings.engine, telemetry=counters, canary_interval=canary_interval)
-    watchdog = Watchdog(engine, settings.watchdog, telemetry=counters, release_memory=backend.release_pool)
+    watchdog = Watchdog(engine, backend, settings.watchdog, telemetry=counters)
     otlp = _open_telemetry(settings, metrics, engine.clock)
     exemplar = no_exemplar if otlp is None else otlp.tracing.exemplar
     counted = RequestMetrics(metrics, max_consumers=settings.metrics.max_consumers, exemplar=exemplar)
