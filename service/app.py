@@ -135,7 +135,7 @@ def build(
         attempts=attempts,
         canary_interval=settings.watchdog.canary_interval,
     )
-    watchdog = Watchdog(engine, settings.watchdog, telemetry=counters, release_memory=backend.release_pool)
+    watchdog = Watchdog(engine, backend, settings.watchdog, telemetry=counters)
     otlp = _open_telemetry(settings, metrics, engine.clock)
     inference = Inference(engine, settings, limits, observers=_observers(settings, metrics, otlp))
     reloads = Reloads(metrics)

@@ -22,6 +22,7 @@ from functools import partial
 
 import structlog
 
+from service.engine.backend import Backend
 from service.engine.engine import Engine
 from service.engine.telemetry import Telemetry
 from service.observability.event_loop import Heartbeat
@@ -111,25 +112,24 @@ class ArmedExit:
 class Watchdog:
     """Watches an engine and the loop that it was started on.
 
-    A trip ends the process within `grace` seconds. `release_memory` gives back what it can past the generation thread,
-    and may block; `end` ends the process on the spot.
+    A trip ends the process within `grace` seconds; `end` ends it on the spot. Of `backend` it uses what any thread may.
     """
 
     def __init__(
         self,
         engine: Engine,
+        backend: Backend,
         settings: WatchdogSettings,
         *,
         telemetry: Telemetry,
-        release_memory: Callable[[], None],
         native: NativeTimer | None = None,
         end: Callable[[int], object] = os._exit,
         grace: float = GRACE,
     ) -> None:
         self._engine = engine
+        self._backend = backend
         self._settings = settings
         self._telemetry = telemetry
-        self._release_memory = release_memory
         self._native = native or NativeTimer()
         self._end = end
         self._grace = grace
@@ -213,7 +213,7 @@ class Watchdog:
         self._engine.tell(partial(self._engine.lose, trip.reason))
         try:
             self._report(trip)
-            self._release_memory()
+            self._backend.release_pool()
         except Exception as error:  # noqa: BLE001  the dump before the end: nothing comes between a trip and the exit
             self._log.error("watchdog_dump_failed", exc_info=error)
             self._telemetry.internal_error("watchdog")

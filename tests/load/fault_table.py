@@ -46,15 +46,17 @@ def rows(found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _events(one: Outcome) -> str:
-    events = [f"`{event}`" if event not in TEXTS else f"stacks on standard error: `{event}`" for event in one.events]
+    events = [f"`{event}`" for event in one.events if event not in TEXTS]
+    events += [f"stacks on standard error: `{event.partition(' (')[0]}`" for event in one.events if event in TEXTS]
     if one.watch:
         events[0] += f" ({one.watch})"
     return ", ".join(events)
 
 
 def _counted(one: Outcome) -> str:
-    """Only what is about the fault: requests that failed are in the columns before."""
-    names = [name.removeprefix("mlxd_") for name in one.counted if "request_failure" not in name]
+    """Without the requests that were refused, or failed by the row's own fault: they are in the columns before."""
+    names = [name.removeprefix("mlxd_") for name in one.counted if "{draining}" not in name]
+    names = [name for name in names if "{generation_failed}" not in name]
     return ", ".join(f"`{name}`" for name in names) or "none"
 
 
@@ -72,8 +74,8 @@ def main() -> int:
 
 {text}
 
-From the start of such a process to ready: {median(starts):.1f} s in the median, {max(starts):.1f} s at most. A real one
-loads its model, too.
+Back again: after *ended*, what the supervisor waits, and a start. From such a start to ready: {median(starts):.1f} s in
+the median, {max(starts):.1f} s at most, on a machine that others used too; a real one loads its model as well.
 
 """
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)

@@ -50,6 +50,18 @@ class Native(NativeTimer):
         self.dumps += 1
 
 
+class Pooled(FakeBackend):
+    """Counts how often its pool is given back, or fails at it."""
+
+    released = 0
+    stubborn = False
+
+    def release_pool(self) -> None:
+        if self.stubborn:
+            raise RuntimeError("scripted")
+        self.released += 1
+
+
 class Watched:
     """An engine with one row whose step hangs for as long as the block lasts, and a watchdog that is looked through."""
 
@@ -61,8 +73,7 @@ class Watched:
         self.ended = threading.Event()
         self.hang, self.hanging = threading.Event(), threading.Event()
         self.before_load: Callable[[], object] | None = None
-        self.backend = FakeBackend(before_step=self.hang_here)
-        self.released = 0
+        self.backend = Pooled(before_step=self.hang_here)
         self.settings = WatchdogSettings(**{**LIMITS, **settings})
 
     def hang_here(self, _step: int) -> None:
@@ -73,9 +84,6 @@ class Watched:
         self.codes.append(code)
         self.ended.set()
 
-    def release(self) -> None:
-        self.released += 1
-
     def count(self, watch: Watch) -> float | None:
         return self.metrics.registry.get_sample_value("mlxd_watchdog_trips_total", {"watch": watch.value})
 
@@ -84,8 +92,8 @@ class Watched:
         """`by_hand`: the test looks, else the watchdog's own thread does."""
         telemetry = Telemetry(self.metrics)
         engine = Engine(self.backend, EngineSettings(), telemetry=telemetry, clock=self.clock)
-        given = {"release_memory": self.release, "native": self.native, "end": self.end, "grace": 0.01, **more}
-        watchdog = Watchdog(engine, self.settings, telemetry=telemetry, **given)
+        given = {"native": self.native, "end": self.end, "grace": 0.01, **more}
+        watchdog = Watchdog(engine, self.backend, self.settings, telemetry=telemetry, **given)
         if by_hand:
             watchdog._exit.start()
         await engine.start()
@@ -141,7 +149,7 @@ async def test_a_stalled_engine_is_told_to_everybody_and_ends_the_process(
         async with asyncio.timeout(10):
             await engine.stop()  # does not wait for the thread
     assert watched.codes == [os.EX_SOFTWARE]
-    assert (watched.count(Watch.ENGINE), watched.native.dumps, watched.released) == (1, 1, 1)
+    assert (watched.count(Watch.ENGINE), watched.native.dumps, watched.backend.released) == (1, 1, 1)
     tripped, *stacks = (line for line in logged if line["event"] in ("watchdog_tripped", "thread_stack"))
     assert (tripped["watch"], tripped["age"], tripped["phase"]) == ("engine", 121.0, "stepping")
     (generation_stack,) = (line["stack"] for line in stacks if line["thread"] == "generation")
@@ -271,11 +279,8 @@ async def test_a_log_that_blocks_for_ever_does_not_save_the_process() -> None:
 
 async def test_what_fails_in_the_dump_is_counted_and_changes_nothing(logged: list[structlog.types.EventDict]) -> None:
     watched = Watched()
-
-    def fail() -> None:
-        raise RuntimeError("scripted")
-
-    async with watched.running(release_memory=fail) as (engine, watchdog):
+    watched.backend.stubborn = True
+    async with watched.running() as (engine, watchdog):
         await idle(engine)
         engine.submit([request()])
         assert await asyncio.to_thread(watched.hanging.wait, 10)
@@ -317,9 +322,7 @@ async def test_nobody_is_asked_where_no_loop_runs() -> None:
     watched = Watched()
     telemetry = Telemetry(watched.metrics)
     engine = Engine(watched.backend, EngineSettings(), telemetry=telemetry, clock=watched.clock)
-    watchdog = Watchdog(
-        engine, watched.settings, telemetry=telemetry, release_memory=watched.release, native=watched.native
-    )
+    watchdog = Watchdog(engine, watched.backend, watched.settings, telemetry=telemetry, native=watched.native)
     for _ in range(2):
         assert not watchdog.look()
         watched.clock.now += 1000
