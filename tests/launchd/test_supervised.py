@@ -1,6 +1,6 @@
 """The real service under the harness, by the plist that `mlxd service render` prints: killed, stopped, misconfigured.
 
-`make test` has a tiny model and few rounds; `make soak` the demo model and all of them. launchd's seconds are scaled.
+`make test` has a tiny model, few rounds, and scales launchd's seconds; `make soak` has the demo model and all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.alone
 
 START_TIMEOUT = 180
 SLOWER_START = 2.0
-"""Seconds that a start may take longer than the first one's load and the throttle's rest."""
+"""Seconds from a kill until it is ready again, beyond the first start's load and the throttle."""
 
 STREAMS = 32
 END_TOKENS = (0, 2)
@@ -68,7 +68,7 @@ def scenario(tiny_model_dir: Path, state_dir: Path, pytestconfig: pytest.Config)
     from service.engine.models import resolve
 
     model = resolve("demo", state_dir=state_dir, offline=False).path
-    return Scenario(model=str(model), scale=0.5, max_tokens=48)
+    return Scenario(model=str(model), scale=1.0, max_tokens=48)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def test_a_killed_service_is_started_again_and_has_lost_nothing(
             supervisor.wait(lambda number=number: len(supervisor.runs) > number)  # type: ignore[misc]
             ready = installed.until_ready()
             assert supervisor.last.began >= before.began + supervisor.throttle
-            seconds.append(ready - max(killed, before.began + supervisor.throttle))
+            seconds.append(ready - killed)
             created |= changes.created
             revoked |= changes.revoked
             _intact(settings, created, revoked)
@@ -169,7 +169,7 @@ def test_a_killed_service_is_started_again_and_has_lost_nothing(
         assert httpx.post(f"{installed.url}/v1/completions", json=_body(4), headers=bearer(key)).status_code == 200
     print(f"{len(seconds)} kills in mid-stream: {len(created)} keys created, {len(revoked)} revoked, none lost")
     print(f"ready after {load:.2f} s at first; after a kill {median(seconds):.2f} s, at most {max(seconds):.2f} s")
-    assert max(seconds) <= load + SLOWER_START
+    assert max(seconds) <= load + supervisor.throttle + SLOWER_START
     assert (supervisor.last.status, supervisor.last.killed) == (0, False)
 
 
@@ -249,11 +249,11 @@ class Stream:
             with httpx.stream(
                 "POST", f"{self._url}/v1/completions", json=body, headers=self._headers, timeout=120
             ) as answer:
-                for line in filter(None, answer.iter_lines()):
-                    lines.append(line)
-                    self.begun.set()
-            last = json.loads(lines[-2].removeprefix("data: ")) if len(lines) > 1 else {}
-            self.whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and "error" not in last
+                for line in answer.iter_lines():
+                    if line.startswith("data: "):  # not a comment that keeps the connection alive
+                        lines.append(line.removeprefix("data: "))
+                        self.begun.set()
+            self.whole = lines[-1:] == ["[DONE]"] and not any(line.startswith('{"error"') for line in lines)
         self.tail = "\n".join(lines[-2:])
         self.over.set()
 
