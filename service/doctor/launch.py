@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plistlib
 from collections.abc import Iterator
 
 from service.doctor.finding import Finding, fail, ok, skipped, warn
@@ -17,10 +18,17 @@ def plists(around: Surroundings) -> Iterator[Finding]:
     for file in installed:
         name = f"launchd: {file.name}"
         try:
-            wrong = problems(file.read_bytes(), around.settings)
+            wrong = _problems(file.read_bytes(), around)
         except OSError as error:
             wrong = [f"cannot be read: {error.strerror}"]
         yield fail(name, "; ".join(wrong), "mlxd service install") if wrong else ok(name, f"{file} is sound")
+
+
+def _problems(data: bytes, around: Surroundings) -> list[str]:
+    """Whether it fits the settings is asked of the installation that these settings are of."""
+    wrong = problems(data)
+    ours = not wrong and plistlib.loads(data).get("WorkingDirectory") == str(around.state_dir)
+    return problems(data, around.settings) if ours else wrong
 
 
 def last_start(around: Surroundings) -> Iterator[Finding]:

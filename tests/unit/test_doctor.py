@@ -636,11 +636,16 @@ def test_weights_that_become_dense_on_a_cpu_are_counted_so(
 def test_property_lists_that_are_installed_are_linted_and_must_fit_the_settings(tmp_path: Path) -> None:
     file = tmp_path / "mlxd.plist"
     says(only(launch.plists, around(tmp_path, plists=[file])), Verdict.SKIPPED, "nothing is installed")
-    mac = around(tmp_path, plists=[file])
-    file.write_bytes(Job.of(Layout.daemon(), mac.settings).render())
+    layout = Layout.daemon(root=tmp_path)
+    of_it = {"server.state_dir": layout.state}
+    layout.state.mkdir(parents=True)
+    mac = around(tmp_path, of_it, plists=[file])
+    file.write_bytes(Job.of(layout, mac.settings).render())
     says(only(launch.plists, mac), Verdict.OK, "is sound")
-    longer = around(tmp_path, {"engine.drain_timeout": 500}, plists=[file])
+    longer = around(tmp_path, {**of_it, "engine.drain_timeout": 500}, plists=[file])
     says(only(launch.plists, longer), Verdict.FAIL, "ExitTimeOut", "mlxd service install")
+    another = around(tmp_path, {"engine.drain_timeout": 500}, plists=[file])
+    says(only(launch.plists, another), Verdict.OK, "is sound")
     file.write_bytes(plistlib.dumps({"KeepAlive": True}))
     says(only(launch.plists, mac), Verdict.FAIL, "KeepAlive", "mlxd service install")
 
