@@ -54,21 +54,22 @@ FOR_TESTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What `make soak` has larger."""
+    """What `make soak` has larger. `max_tokens` last from the first stream's beginning beyond that of the last."""
 
     model: str
     scale: float
     max_tokens: int
+    drain_timeout: int
 
 
 @pytest.fixture
 def scenario(tiny_model_dir: Path, state_dir: Path, pytestconfig: pytest.Config) -> Scenario:
     if not pytestconfig.getoption("full_counts"):
-        return Scenario(model=str(tiny_model_dir), scale=0.2, max_tokens=300)
+        return Scenario(model=str(tiny_model_dir), scale=0.2, max_tokens=300, drain_timeout=30)
     from service.engine.models import resolve
 
     model = resolve("demo", state_dir=state_dir, offline=False).path
-    return Scenario(model=str(model), scale=1.0, max_tokens=48)
+    return Scenario(model=str(model), scale=1.0, max_tokens=200, drain_timeout=120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ def installed(tmp_path: Path, scenario: Scenario) -> Installed:
         "server.port": port,
         "server.state_dir": str(layout.state),
         "ops.bind": "",
+        "engine.drain_timeout": scenario.drain_timeout,
         "model.reference": scenario.model,
         "limits.plans": AMPLE["limits.plans"],
         "log.format": "json",
