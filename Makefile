@@ -81,7 +81,7 @@ debian-packages:
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
 
-# First, two at a time and each with one BLAS thread (threads of two would spin for each other): the unit tests, measured
+# First, two at a time and each with one BLAS thread (threads of two would spin for each other): what is measured
 # for coverage; then, not measured, which would make them and the processes that they start twice as slow, what runs
 # whole services or many steps; last, alone, what takes both cores or the time.
 test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (with ARGS= one run of pytest, which gets them)
@@ -91,8 +91,9 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	if [ -n '$(ARGS)' ]; then exec $$pytest --cov=service -m 'not soak' $(ARGS); fi; \
 	failed=; \
 	beside="$$pytest -n 2 --dist loadfile --durations=15 -m"; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/unit || failed=1; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' $$(ls -d tests/*/ tests/test_*.py | grep -v -e tests/unit -e __pycache__) || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/unit tests/security tests/launchd || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' \
+	  tests --ignore tests/unit --ignore tests/security --ignore tests/launchd || failed=1; \
 	$$pytest --durations=25 -m 'alone and not soak' || failed=1; \
 	[ -z "$$failed" ]
 

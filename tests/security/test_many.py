@@ -81,6 +81,7 @@ class Layers:
         return statistics.median(taken) * 1e6
 
 
+@pytest.mark.no_cover  # many turns of what others cover
 async def test_memory_and_latency_stay_flat(tmp_path: Path) -> None:
     settings = Settings.load(None, {"server.state_dir": tmp_path / "state", **AMPLE})
     keys = make_keys(settings, PRINCIPALS)

@@ -107,6 +107,7 @@ async def world() -> AsyncIterator[World]:
     inference.close()
 
 
+@pytest.mark.no_cover  # many turns of what others cover
 async def test_20_000_hostile_values_change_nothing_in_the_number_of_series(world: World) -> None:
     for number in range(WARM_UP):
         await world.round(number)

@@ -393,7 +393,7 @@ async def test_drain_ends_what_outlasts_its_timeout_with_a_typed_error() -> None
 
 
 async def test_drain_tells_them_also_when_the_step_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine.engine.STEP_ENDS", 0.01)
+    monkeypatch.setattr("service.engine.drain.STEP_PATIENCE", 0.01)
     gate = threading.Semaphore(0)
     async with running(FakeBackend(gate=gate)) as engine:
         (runs,) = engine.submit([request(max_tokens=FOREVER)])

@@ -189,6 +189,7 @@ async def test_of_100_that_race_for_10_exactly_10_win(
     assert sum(not isinstance(result, BaseException) for result in results) == 10
 
 
+@pytest.mark.no_cover  # many turns of what others cover
 def test_thousands_of_idle_principals_are_forgotten(clock: Clock) -> None:
     ledger = Ledger(clock=clock)
     tracemalloc.start()

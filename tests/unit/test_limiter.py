@@ -416,6 +416,7 @@ async def test_a_jump_of_the_wall_clock_blocks_nobody_and_serves_nobody_more(jum
             await world.reserve(LOCAL, 1)
 
 
+@pytest.mark.no_cover  # many turns of what others cover
 async def test_a_thousand_principals_and_ten_thousand_strangers_cost_no_more_than_a_few() -> None:
     """Memory is bounded by what is remembered at all; the median of a request stays where it was."""
     world = World(settings(default={"requests_per_minute": 1_000_000, "request_burst": 1_000_000}))

@@ -107,6 +107,7 @@ def test_values_are_bounded_in_every_direction_also_where_they_hold_themselves()
         lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner),
     )
 )
+@pytest.mark.no_cover  # many turns of what others cover
 def test_whatever_it_is_it_can_be_written_as_strict_json(value: Any) -> None:
     json.loads(json.dumps(plain(value), allow_nan=False))
 
