@@ -8,6 +8,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from service.api.errors import ErrorRenderer
 from service.api.middleware.authentication import Authentication
 from service.api.middleware.request_rate import RequestRate
