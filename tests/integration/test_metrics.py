@@ -184,7 +184,7 @@ def troubled() -> FakeBackend:
 
     def before(number: int) -> None:
         time.sleep(0.001)
-        if number % 150 == 0:
+        if number % 300 == 0:
             raise RuntimeError("scripted")
 
     return FakeBackend(before_step=before, failing=lambda row: len(row.prompt) % 13 == 0)
@@ -219,7 +219,7 @@ async def test_counters_add_up_with_the_ledger_and_with_what_clients_were_told(
             "server.state_dir": tmp_path,
             "model.reference": str(tiny_model_dir),
             "engine.max_rows": 8,
-            "engine.max_queue": 12,
+            "engine.max_queue": 20,
         },
     )
     keys = [make_key(settings, "inference", "metrics", tenant=tenant) for tenant in ("acme", "acme", "blue")]
@@ -236,8 +236,11 @@ async def test_counters_add_up_with_the_ledger_and_with_what_clients_were_told(
     rows = ledger(settings)
     compare_with_ledger(totals, rows)
     compare_with_clients(crowd.told, rows)
+    assert totals["mlxd_admission_rejections_total", "queue_full"] > 0
     if backend is over_mlx:
         assert totals["mlxd_prefix_cache_hits_total",] > 0  # the prompts begin alike
+    else:
+        assert totals["mlxd_internal_errors_total", "worker_step"] > 0
     print(*sorted(Counter(row["finish_reason"] for row in rows).items()))
 
 
