@@ -24,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, keys, token, top, usage
+from service.cli import bench, db, keys, token, top, usage
 from service.cli.context import explained, load_settings, prepare
 
 
@@ -63,6 +63,7 @@ def commands() -> typer.Typer:
     app.add_typer(config)
     app.add_typer(storage)
     app.add_typer(audit)
+    app.add_typer(bench.commands())
     app.add_typer(token.commands())
     app.add_typer(keys.commands())
     return app

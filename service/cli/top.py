@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli.context import explained, load_settings
+from service.cli.context import load_settings
+from service.cli.credential import key_for, reachable
 from service.cli.output import AsJson
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def top(
     settings = load_settings(context)
     where = url or _configured(settings)
     try:
-        source = Source(where, _key(settings, url, key_file))
+        source = Source(where, key_for(settings, url, key_file))
     except httpx.InvalidURL as error:
         raise typer.BadParameter(str(error), param_hint="--url") from None
     try:
@@ -199,34 +200,10 @@ def _configured(settings: Settings) -> str:
     tls = server.tls_certificate is not None
     host, port = ops.address or ("", 0)
     if port:
-        return url(_reachable(host), port, tls=tls and not ops.loopback)
+        return url(reachable(host), port, tls=tls and not ops.loopback)
     if server.port:
-        return url(_reachable(server.host), server.port, tls=tls)
+        return url(reachable(server.host), server.port, tls=tls)
     raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - an address to ask, not to listen on
-
-
-def _key(settings: Settings, url: str | None, file: Path | None) -> str | None:
-    """The key of the file; else the development key, which goes to this machine only."""
-    import httpx
-
-    from service.auth.development import FILE_NAME
-    from service.settings import is_loopback, read_private
-
-    if file is None and not (settings.auth.enabled and (url is None or is_loopback(httpx.URL(url).host))):
-        return None
-    try:
-        with explained():
-            return read_private(file or settings.server.state_dir / FILE_NAME).decode("ascii").strip()
-    except FileNotFoundError:
-        if file is None:
-            return None
-        raise typer.BadParameter(f"there is no {file}", param_hint="--key-file") from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter("is no key", param_hint="--key-file") from None
 
 
 def _first(found: Iterator[Frame | Unanswered]) -> Frame:

@@ -30,3 +30,17 @@ class ProcessCollector(Collector):
         yield from (GaugeMetricFamily(name, says, value=value) for name, says, value in gauges)
         says = "Total user and system CPU time spent in seconds."
         yield CounterMetricFamily("process_cpu_seconds", says, value=times.user + times.system)
+
+
+class NoSuchProcess(Exception):
+    """There is no process with that id, or it may not be looked at."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system CPU time that a process and those it started have taken so far. Raises NoSuchProcess."""
+    try:
+        process = psutil.Process(pid)
+        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    except psutil.Error as error:
+        raise NoSuchProcess(f"process {pid}: {error}") from None
+    return sum(each.user + each.system for each in times)

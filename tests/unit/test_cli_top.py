@@ -24,6 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from service.cli import commands, top
+from service.cli.credential import key_for
 from service.cli.scrape import Between, NotMetrics, Scrape
 from service.cli.top import Source, Unanswered, pictures
 from service.cli.top_frame import CONSUMERS, REASONS, Consumer, Frame, Load, frame
@@ -597,10 +598,10 @@ def test_a_stranger_is_not_shown_the_development_key(config: str, tmp_path: Path
     key.write_text("mlxd_dev_x\n")
     key.chmod(0o600)
     settings = Settings.load(Path(config))
-    assert top._key(settings, None, None) == "mlxd_dev_x"
-    assert top._key(settings, "https://mlxd.example.org", None) is None
+    assert key_for(settings, None, None) == "mlxd_dev_x"
+    assert key_for(settings, "https://mlxd.example.org", None) is None
     key.unlink()
-    assert top._key(settings, None, None) is None
+    assert key_for(settings, None, None) is None
 
 
 def read(screen: int) -> bytes:
