@@ -49,6 +49,8 @@ class Scripted:
 
     scripts: Sequence[Script]
     clock: Clock = field(default_factory=Clock)
+    watched: bool = True
+    """Whether the client looks at that clock."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     connections: int = 0
@@ -78,7 +80,8 @@ class Scripted:
                     self.clock.now = began + seconds
                     self.clock.looked.clear()
                     writer.write(data)
-                    await self.clock.looked.wait()
+                    if self.watched:
+                        await self.clock.looked.wait()
                 case Cut():
                     writer.transport.abort()
                     return False
@@ -88,9 +91,9 @@ class Scripted:
 
 
 @asynccontextmanager
-async def playing(*scripts: Script) -> AsyncIterator[Scripted]:
+async def playing(*scripts: Script, watched: bool = True) -> AsyncIterator[Scripted]:
     """A server on a free port of this machine."""
-    scripted = Scripted(scripts)
+    scripted = Scripted(scripts, watched=watched)
     server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0)
     scripted.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:

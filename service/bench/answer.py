@@ -21,6 +21,7 @@ TERMINATOR = b"[DONE]"
 
 _ONE_EVENT = re.compile(rb"data: [^\r\n]*\n\n")
 
+
 class Events:
     """Takes the data of Server-Sent Events from pieces that may be split anywhere; lines end with LF or CRLF."""
 

@@ -145,6 +145,7 @@ class Ceiling:
             contenders[STREAM] = self._streamed
         for number in range(rounds + 1):
             asked = [self._asked(next(self._numbers)) for _ in range(rows if number else streams)]
+            self._compile_samplers(asked)
             for name, lap in contenders.items():
                 tokens, seconds, cpu = lap(asked)
                 if number:
@@ -166,6 +167,13 @@ class Ceiling:
             return tuple(tokenizer.encode_chat(conversation.messages([])))
         prompt = conversation.prompt([])
         return tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _compile_samplers(self, asked: Sequence[Asked]) -> None:
+        """Before the clock runs: mlx-lm's filters compile their parameters in, which takes seconds for each new one."""
+        for each in asked:
+            sampler, _ = _raw_sampling(each.sampling)
+            if sampler is not None:
+                mx.eval(sampler(mx.zeros((1, self.info.vocab_size))))
 
     def _streamed(self, asked: Sequence[Asked]) -> tuple[int, float, float]:
         """`stream_generate`, one prompt after the other; with its text, which it cannot leave out."""

@@ -143,5 +143,5 @@ class Load:
             run.note(outcome)
             if outcome.error is not None or not more:
                 return outcome
-            answers.append(outcome.text)
+            answers.append(outcome.text.replace("\0", ""))  # a model may say it, but servers refuse to hear it
             due = None

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from service.bench.report import Report
 
 Load = Mapping[str, Any]
+
+LINEAR = 0.1
+"""Milliseconds below which an axis is linear: pieces that came in one read have no time between them."""
+
+MARKS = (2, 5)
+"""Beside each power of ten."""
 
 
 def draw(reports: Sequence[Report], folder: Path) -> list[Path]:
@@ -34,7 +41,8 @@ def _latency(reports: Sequence[Report]) -> Figure:
             _line(axes, report, number, lambda load, key=key: _milli(load, key, "p50"), label=report.name)  # type: ignore[misc]
             _line(axes, report, number, lambda load, key=key: _milli(load, key, "p99"), dashes=True)  # type: ignore[misc]
         axes.set_ylabel("ms (dashed: 99th percentile)")
-        axes.set_yscale("log")
+        axes.set_yscale("symlog", linthresh=LINEAR, subs=MARKS)
+        _in_full(axes.yaxis)
     return _finished(figure, reports, left, right)
 
 
@@ -58,7 +66,8 @@ def _inter_token(reports: Sequence[Report]) -> Figure:
         curve = load["inter_token_curve"]
         shares = [point / max(1, len(curve) - 1) for point in range(len(curve))]
         axes.plot([gap * 1e3 for gap in curve], shares, color=f"C{number}", label=f"{report.name}, {_name(load)}")
-    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xscale("symlog", linthresh=LINEAR, subs=MARKS)
+    _in_full(axes.xaxis)
     axes.set_xlabel("ms between two pieces of text")
     axes.set_ylabel("share of gaps that are shorter")
     axes.grid(alpha=0.3)
@@ -86,6 +95,12 @@ def _line(
     points = sorted((_amount(load), found) for load in report.loads if (found := value(load)) is not None)
     amounts, values = [at for at, _ in points], [found for _, found in points]
     axes.plot(amounts, values, "o--" if dashes else "o-", color=f"C{number}", label=label)
+
+
+def _in_full(axis: Axis) -> None:
+    """Numbers as people write them."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _finished(figure: Figure, reports: Sequence[Report], *panels: Axes) -> Figure:

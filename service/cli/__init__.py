@@ -5,8 +5,9 @@ Exit codes, of every command:
     0    done; for `serve`: asked to stop, and drained
     1    the address cannot be listened on; a check found damage; a token is refused; there is no such key
     2    wrong usage of the command line
-    69   the model cannot be had; the storage, or for `top` the service, cannot be asked
+    69   the model cannot be had; the storage, or for `top` the service, cannot be asked; `bench` got no good answer
     70   the engine failed
+    73   a file of results cannot be written
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain
     143  as 130, by SIGTERM

@@ -143,10 +143,13 @@ def engine(
     if max(at_a_time) > settings.engine.max_rows:
         raise typer.BadParameter("more than engine.max_rows", param_hint="--streams")
     prepare(settings)
+    from service.serve import leave_now
+
     laps = _laps(
         settings, work, options.route(api), [(each, requests or ROWS_EACH * each) for each in at_a_time], rounds
     )
     _show_laps(laps, json_file)
+    leave_now(0)  # mlx aborts now and then while the interpreter finalises
 
 
 def _laps(settings: Settings, work: Workload, api: Any, loads: Sequence[tuple[int, int]], rounds: int) -> list[Lap]:
@@ -201,8 +204,8 @@ def _plotter() -> Any:
     """The module that draws; without matplotlib a line that says what to install, and exit code 2."""
     try:
         from service.bench import plots
-    except ModuleNotFoundError as error:
-        typer.echo(f"mlxd: plots need {error.name}: pip install 'mlxd[bench]'", err=True)
+    except ModuleNotFoundError:
+        typer.echo("mlxd: plots need matplotlib: pip install 'mlxd[bench]'", err=True)
         raise typer.Exit(2) from None
     return plots
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -79,13 +80,12 @@ def target(settings: Settings, *, url: str | None, key_file: Path | None, model:
     """Who is asked. Without a URL the service that is configured."""
     from service.bench.client import Api, BadTarget, Client, Target
 
-    key = key_for(settings, url, key_file)
-    found = Target(url=url or _configured(settings), api=one("--api", api, Api), model=model, key=key)
+    found = Target(url=url or _configured(settings), api=one("--api", api, Api), model=model)
     try:
         Client(found)
     except BadTarget as error:
         raise typer.BadParameter(str(error), param_hint="--url") from None
-    return found
+    return replace(found, key=key_for(settings, url, key_file))
 
 
 def _configured(settings: Settings) -> str:

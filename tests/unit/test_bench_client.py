@@ -174,7 +174,7 @@ async def test_an_error_event_in_mid_stream_is_a_failure_by_its_code() -> None:
 
 
 async def test_a_connection_cut_in_mid_stream_is_a_failure_and_the_next_request_gets_a_new_one() -> None:
-    cut = [Send(0, STREAM_HEAD + chunk(said("a"))), Cut()]
+    cut: Script = [Send(0, STREAM_HEAD + chunk(said("a"))), Cut()]
     outcomes, scripted = await asked(cut, GOOD, times=2)
     assert [outcome.error for outcome in outcomes] == ["cut", None]
     assert scripted.connections == 2
@@ -217,8 +217,7 @@ async def test_what_never_ends_is_not_kept() -> None:
     answer = Answer()
     answer.head(200, {"content-type": "text/event-stream"})
     with pytest.raises(Broken):
-        for _ in range(6):
-            answer.body(b"x" * 1024 * 1024, 0.0)
+        answer.body(b"x" * 5 * 1024 * 1024, 0.0)
 
 
 async def test_a_refused_connection_is_a_failure() -> None:
@@ -256,7 +255,7 @@ async def test_a_new_connection_that_is_closed_without_an_answer_is_a_failure() 
     ],
 )
 async def test_a_stream_may_end_with_its_connection(head: bytes) -> None:
-    script = [Send(0, head + said("a")), Send(1, said("b") + DONE), Close()]
+    script: Script = [Send(0, head + said("a")), Send(1, said("b") + DONE), Close()]
     outcomes, scripted = await asked(script, times=2)
     assert [(outcome.error, outcome.output_tokens) for outcome in outcomes] == [(None, 2)] * 2
     assert scripted.connections == 2

@@ -182,7 +182,7 @@ class Asked:
         sent = self.clock()
         await self.let.wait()
         self.open -= 1
-        text = f"answer {len(self.bodies)}" if keep_text else ""
+        text = f"answer\0 {len(self.bodies)}" if keep_text else ""
         return Outcome(
             due=sent if due is None else due,
             sent=sent,
