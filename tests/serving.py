@@ -100,11 +100,13 @@ class Running:
 
 
 @contextmanager
-def started(state_dir: Path, *, timed: bool = False, folder: str | None = None, **overrides: str) -> Iterator[Running]:
+def started(
+    state_dir: Path, *, timed: bool = False, folder: str | None = None, module: str = "service", **overrides: str
+) -> Iterator[Running]:
     """`mlxd serve` with the demo model as a process of its own, once it is ready.
 
     Nobody is asked for a credential unless `overrides` say so. One whose answers are `timed` is not traced for
-    coverage. `folder` is the one that it is started in.
+    coverage. `folder` is the one that it is started in. Another `module` is one that changes something first.
     """
     outside = {name: value for name, value in os.environ.items() if not (timed and name.startswith("COVERAGE_"))}
     ours = {
@@ -113,7 +115,7 @@ def started(state_dir: Path, *, timed: bool = False, folder: str | None = None, 
         "MLXD_AUTH__ENABLED": "false",
         "MLXD_OPS__BIND": "127.0.0.1:0",
     }
-    command = [sys.executable, "-m", "service", "serve", "--port", "0"]
+    command = [sys.executable, "-m", module, "serve", "--port", "0"]
     with (
         tempfile.NamedTemporaryFile("wb", suffix=".log") as log,
         subprocess.Popen(command, cwd=folder, env={**outside, **ours, **overrides}, stdout=log, stderr=log) as running,

@@ -26,11 +26,13 @@ LAYERS = (  # from top to bottom; a module imports only from lower lines and fro
     {"app", "console", "hangup", "leaving", "listening", "reload"},
     {"api"},
     {"inference"},
-    {"engine", "auth", "limits", "launchd"},
+    {"engine", "auth", "limits", "launchd", "bench"},
     {"storage", "supervision"},
     {"errors", "settings", "observability"},
 )
-ALLOWED_SIBLINGS = {("limits", "auth.principal")}
+CEILING = {("bench", f"engine.{name}") for name in ("backend", "generation", "mlx_backend", "models")}
+"""What the raw engine is measured with, beside a load client that knows nothing of the service."""
+ALLOWED_SIBLINGS = {("limits", "auth.principal"), *CEILING}
 
 ENGINE_ON_MLX = [
     f"engine/{name}.py"
@@ -40,8 +42,9 @@ ENGINE_ON_MLX = [
     )
 ]
 FENCES = {
-    "mlx": ENGINE_ON_MLX,
-    "mlx_lm": ENGINE_ON_MLX,
+    "mlx": [*ENGINE_ON_MLX, "bench/ceiling.py"],
+    "mlx_lm": [*ENGINE_ON_MLX, "bench/ceiling.py"],
+    "matplotlib": ["bench/plots.py"],
     "fastapi": ["api/", "app.py"],
     "starlette": ["api/", "app.py"],
     "uvicorn": ["listening.py", "api/protocol.py"],
@@ -73,8 +76,10 @@ PUBLIC = {"/", "/health", "/livez", "/readyz"}
 
 
 ONE_PLACE = {  # what a reader finds in exactly one file or folder; None where that file is not written yet
-    r"\[DONE\]": "api/sse.py",
-    r"BatchGenerator\b|class \w+\(PromptProcessingBatch\)": "engine/batches.py",
+    r"data: \[DONE\]": "api/sse.py",
+    r"(?<!data: )\[DONE\]": "bench/answer.py",  # the load client, which reads it
+    r"class \w+\(PromptProcessingBatch\)": "engine/batches.py",
+    r"BatchGenerator\b": "bench/ceiling.py",  # to be measured beside ours
     r"[\"']error[\"']: \{": "api/errors.py",
     r"^(?:from|import) jose\b": "auth/jwt.py",
     r"slowapi": "limits/request_rate.py",
@@ -90,6 +95,13 @@ def check(findings: Iterable[str]) -> None:
 
 def test_imports_point_down_only() -> None:
     check(architecture.layer_violations(SOURCES, LAYERS, ALLOWED_SIBLINGS))
+
+
+def test_of_the_load_client_only_the_ceiling_knows_the_engine() -> None:
+    client = [source for source in SOURCES if source.layer == "bench" and source.path != "bench/ceiling.py"]
+    found = [source.at(node, name) for source in client for node, name in architecture.imported(source)]
+    assert client
+    check(each for each in found if " service.engine" in each)
 
 
 def test_third_parties_stay_inside_their_fences() -> None:

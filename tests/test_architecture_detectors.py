@@ -28,6 +28,8 @@ def bad(text: str, path: str = "engine/bad.py") -> list[Source]:
         ("observability/metrics.py", "import importlib\nimportlib.import_module('service.engine.engine')"),
         ("observability/log.py", "if TYPE_CHECKING:\n    from service.settings import Settings"),
         ("limits/rate.py", "from service.auth.jwt import verify"),
+        ("bench/client.py", "from service.engine.engine import Engine"),
+        ("bench/client.py", "from service.api.sse import DONE"),
         ("helpers.py", ""),
     ],
 )
@@ -47,6 +49,8 @@ def test_imports_that_point_down_are_no_findings() -> None:
     [
         ("engine/worker.py", "import mlx.core as mx"),
         ("engine/engine.py", "def f():\n    from mlx_lm.generate import BatchGenerator"),
+        ("bench/client.py", "from mlx_lm.generate import BatchGenerator"),
+        ("bench/report.py", "import matplotlib"),
         ("inference.py", "from fastapi import Depends"),
         ("api/health.py", "import uvicorn"),
         ("api/health.py", "import httptools"),

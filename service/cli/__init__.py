@@ -7,8 +7,9 @@ Exit codes, of every command:
          fault; a token is refused; there is no such key; `service`: a plan failed, not ready, or not drained
     2    wrong usage of the command line
     69   the model cannot be had; another engine runs here; the storage, or for `top` and `service` the service, cannot
-         be asked
+         be asked; `bench` got no good answer
     70   the engine failed, or the watchdog found it or the event loop stuck
+    73   a file of results cannot be written
     77   `service` needs root
     78   the configuration cannot be used
     130  interrupted (SIGINT), where a second signal did not wait for the drain and nobody supervises
@@ -27,7 +28,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import db, doctor, keys, service as service_commands, token, top, usage
+from service.cli import bench, db, doctor, keys, service as service_commands, token, top, usage
 from service.cli.context import explained, load_settings, prepare, settings_loader, staying_down
 
 
@@ -67,6 +68,7 @@ def commands() -> typer.Typer:
     app.add_typer(config)
     app.add_typer(storage)
     app.add_typer(audit)
+    app.add_typer(bench.commands())
     app.add_typer(token.commands())
     app.add_typer(keys.commands())
     app.add_typer(service_commands.commands())

@@ -34,13 +34,14 @@ def configured(settings: Settings) -> str:
     tls = server.tls_certificate is not None
     host, port = ops.address or ("", 0)
     if port:
-        return url(_reachable(host), port, tls=tls and not ops.loopback)
+        return url(reachable(host), port, tls=tls and not ops.loopback)
     if server.port:
-        return url(_reachable(server.host), server.port, tls=tls)
+        return url(reachable(server.host), server.port, tls=tls)
     raise typer.BadParameter("the configured ports are free ones, so nobody knows them", param_hint="--url")
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
+    """The address to ask where `host` is listened on."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - an address to ask, not to listen on
 
 

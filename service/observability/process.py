@@ -53,3 +53,17 @@ def is_running(pid: int, since: float) -> bool:
         return bool(process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+class NoSuchProcess(Exception):
+    """There is no process with that id, or it may not be looked at."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system CPU time that a process and those it started have taken so far. Raises NoSuchProcess."""
+    try:
+        process = psutil.Process(pid)
+        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    except psutil.Error as error:
+        raise NoSuchProcess(f"process {pid}: {error}") from None
+    return sum(each.user + each.system for each in times)
