@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -91,11 +92,11 @@ class Scripted:
 
 
 @asynccontextmanager
-async def playing(*scripts: Script, watched: bool = True) -> AsyncIterator[Scripted]:
+async def playing(*scripts: Script, watched: bool = True, tls: ssl.SSLContext | None = None) -> AsyncIterator[Scripted]:
     """A server on a free port of this machine."""
     scripted = Scripted(scripts, watched=watched)
-    server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0)
-    scripted.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0, ssl=tls)
+    scripted.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
         yield scripted
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from service.bench.answer import Answer
 from service.bench.client import Api, BadTarget, Client, Outcome, Target
 from service.bench.http import Broken, Connection
+from tests.https_server import make_certificates
 from tests.scripted_server import (
     CLOSING,
     DONE,
@@ -266,6 +269,22 @@ async def test_the_key_is_sent_and_shown_nowhere() -> None:
     assert "Authorization: Bearer mlxd_secret\r\n" in scripted.heads[0]
     assert scripted.heads[0].startswith("POST /v1/completions HTTP/1.1\r\n")
     assert "mlxd_secret" not in repr(Target(url="http://x", key="mlxd_secret"))
+
+
+@pytest.mark.parametrize(("trusted", "error"), [(True, None), (False, "connect")])
+async def test_over_tls_only_a_certificate_that_is_trusted_is_sent_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool, error: str | None
+) -> None:
+    authority, chain = make_certificates(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    async with playing(GOOD, tls=context) as scripted:
+        client = Client(Target(url=scripted.url, key="mlxd_secret"), clock=scripted.clock)
+        assert (await client.ask(BODY)).error == error
+        client.close()
+    assert len(scripted.requests) == int(trusted)
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
