@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,32 +24,24 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         self._current = _open(path)
-        self._next: int | None = None
         self._descriptor = Descriptor(self._current)
 
     def reopen(self) -> None:
-        """Write what comes from now on to what is at the path by now. Any thread.
+        """Make the file where there is none, so that what comes from now on goes there. Any thread.
 
-        Raises OSError, and then all goes on in the former file. That one is closed by the writer, between two lines.
+        Raises OSError, and then all goes on in the former file. That one is closed by the writer, between two lines,
+        which looks at the path by itself: what a rotation hands over could be a file that the next one has taken away.
         """
-        opened = _open(self.path)
-        with self._lock:
-            overtaken, self._next = self._next, opened
-        if overtaken is not None:
-            os.close(overtaken)
+        os.close(_open(self.path))
 
     def write(self, lines: Sequence[str]) -> int:
         """See `log_queue.Outlet`."""
-        with self._lock:
-            opened, self._next = self._next, None
-        if opened is None and self._replaced():
+        if self._replaced():
             with suppress(OSError):  # then all goes on in the former file
                 opened = _open(self.path)
-        if opened is not None:
-            os.close(self._current)
-            self._current, self._descriptor = opened, Descriptor(opened)
+                os.close(self._current)
+                self._current, self._descriptor = opened, Descriptor(opened)
         return self._descriptor.write(lines)
 
     def _replaced(self) -> bool:

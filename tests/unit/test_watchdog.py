@@ -152,8 +152,8 @@ async def test_a_stalled_engine_is_told_to_everybody_and_ends_the_process(
     assert (watched.count(Watch.ENGINE), watched.native.dumps, watched.backend.released) == (1, 1, 1)
     tripped, *stacks = (line for line in logged if line["event"] in ("watchdog_tripped", "thread_stack"))
     assert (tripped["watch"], tripped["age"], tripped["phase"]) == ("engine", 121.0, "stepping")
-    (generation_stack,) = (line["stack"] for line in stacks if line["thread"] == "generation")
-    assert "hang_here" in generation_stack
+    # Other tests of this process may have left a thread of that name.
+    assert any("hang_here" in line["stack"] for line in stacks if line["thread"] == "generation")
 
 
 async def test_a_busy_engine_is_left_alone() -> None:
