@@ -1,4 +1,4 @@
-"""`mlxd` with 20 microseconds of busy work more for each token: what the guard of cost must find."""
+"""`mlxd` with 40 microseconds of busy work more for each token: what the guard of cost must find."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from service.cli import main
 from service.engine.jobs import Job
 
-BUSY = 20e-6
+BUSY = 40e-6
 
 
 def costly(advance: Any) -> Any:

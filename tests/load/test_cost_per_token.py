@@ -31,13 +31,16 @@ from tests.conftest import ROOT
 from tests.serving import AMPLE, Running, started
 from tests.tiny import make_tiny_llama
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 STREAMS, TOKENS, ROUNDS = 32, 128, 5
 
-MOST = 20.5
-"""Units that a token may cost around the engine. Seen on 2 cores under a load of 2 to 10: 14.3 to 18.9 units, and
-22.1 to 25.1 with 20 microseconds more a token."""
+MOST = 11.0
+"""Units that a token may cost around the engine. Seen on 2 cores with nothing beside it: 6.1 to 8.4 units, 11.5 to 13.9
+with 20 microseconds more a token. Other work on the machine makes it more, up to 18.9, so this must run alone, and the
+best of TRIES counts."""
+
+TRIES = 3
 
 WORKLOAD = Workload(prompt=Lengths(4, 4), output=Lengths(TOKENS, TOKENS))
 EVENT = {
@@ -139,10 +142,20 @@ def measured(tmp_path: Path, module: str) -> float:
 
 
 def test_a_streamed_token_costs_the_service_no_more_than_so_many_events_of_pure_python(tmp_path: Path) -> None:
-    assert 0 < measured(tmp_path, "service") <= MOST
+    assert 0 < best(tmp_path, "service") <= MOST
 
 
 @pytest.mark.soak
-def test_twenty_microseconds_more_for_each_token_are_found(tmp_path: Path) -> None:
+def test_forty_microseconds_more_for_each_token_are_found(tmp_path: Path) -> None:
     """The guard can fail: the same service with a little busy work in it."""
-    assert measured(tmp_path, "tests.load.costly") > MOST
+    assert best(tmp_path, "tests.load.costly") > MOST
+
+
+def best(tmp_path: Path, module: str) -> float:
+    """The least of TRIES, or the first that is good enough."""
+    found = []
+    for number in range(TRIES):
+        found.append(measured(tmp_path / str(number), module))
+        if found[-1] <= MOST:
+            break
+    return min(found)
