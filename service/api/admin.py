@@ -90,7 +90,7 @@ class Desk:
             actor=principal.id,
             peppers=state["access"].peppers,
             environment=state["settings"].auth.environment,
-            limits=state["settings"].limits,
+            limits=state["limits"].settings,
             now=state["now"],
         )
 

@@ -120,6 +120,11 @@ class Limits:
         refused.should_retry = False  # a credential that was refused will be again
         return self._refused(refused)
 
+    @property
+    def settings(self) -> LimitsSettings:
+        """What is in force: a reload may have changed it."""
+        return self._settings
+
     def plan_of(self, principal: Principal) -> PlanSettings:
         """The principal's plan with its own numbers. Raises UnknownLimits: nothing is then known to be allowed."""
         try:

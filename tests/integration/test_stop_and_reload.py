@@ -266,10 +266,14 @@ def a_reload_changes_plans_issuers_and_level_and_names_what_waits(site: Site, pi
     refused = generate(site, max_tokens=10)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "exceeds_output_limit")
     assert httpx.get(f"{site.url}/v1/models", headers=token).status_code == 401
+    golden = {"name": "of the new plan", "scopes": ["models"], "plan": "gold"}
+    assert site.client.post(f"{site.url}/admin/keys", json=golden).status_code == 400
     site.plan["max_output_tokens"] = BIG
+    site.more = "[limits.plans.gold]\nweight = 2\n"
     site.write()
     hang_up(site, pid)
     assert generate(site, max_tokens=10).status_code == 200
+    assert site.client.post(f"{site.url}/admin/keys", json=golden).status_code == 201
 
 
 def hang_up(site: Site, pid: int) -> None:
