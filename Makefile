@@ -94,7 +94,7 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/security tests/launchd tests/unit || failed=1; \
 	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' \
 	  tests --ignore tests/unit --ignore tests/security --ignore tests/launchd || failed=1; \
-	$$pytest --durations=25 -m 'alone and not soak' || failed=1; \
+	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit --ignore tests/security || failed=1; \
 	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts

@@ -79,6 +79,11 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         return max(len(tokens) for tokens in self.tokens)
 
     @property
+    def left(self) -> int:
+        """Positions, padding included, that are left to prefill."""
+        return len(self.rows) * (self.longest_rest - 1)
+
+    @property
     def longest_rest(self) -> int:
         return max(len(state.rest) for state in self.rows)
 

@@ -19,6 +19,9 @@ from service.engine.prefix_cache import common_prefix
 from service.engine.row_cache import Places, RowCache, rounded
 from service.engine.sampling import Sampling
 
+EARLY = 32
+"""Tokens before the end of their capacity from which on rows get more: layer by layer, while they decode."""
+
 SPARE = 64
 """Positions beyond a stretched row's tokens."""
 
@@ -29,6 +32,13 @@ class Emitted(NamedTuple):
     state: RowState
     token: int
     reason: FinishReason | None
+
+
+class Chore(NamedTuple):
+    """Copies, a layer at each turn; `beside`: rows may decode between two of them, launching one token at a time."""
+
+    layers: Iterator[None]
+    beside: bool = True
 
 
 class DecodeBatch:
@@ -72,14 +82,16 @@ class DecodeBatch:
     def wanted_capacity(self, coming: int) -> tuple[int, int] | None:
         """(rows, positions) to change to, with `coming` rows expected; None while the present buffers will do.
 
-        They will not when the next two tokens do not fit, nor when less than half of them is needed.
+        They will not when the next tokens do not fit, nor when less than half of them is needed.
         """
         rows, positions = next((layer.capacity for layer in self.cache if isinstance(layer, RowCache)), (0, 0))
         reach, expected = self._places.reach + 1, len(self) + coming
         if not rows:
             return None
-        if reach > positions:
-            return max(rows, expected), reach
+        if reach + EARLY > positions:
+            longest = max(len(state.row.prompt) + state.row.max_tokens for state in self.rows)
+            if (needed := max(reach, min(reach + EARLY, longest))) > positions:
+                return max(rows, expected), needed
         if rows * positions > 2 * expected * rounded(reach):
             return expected, reach
         return None
@@ -89,7 +101,7 @@ class DecodeBatch:
         inputs = self._newest
         logits = self.model(inputs[:, None], cache=self.cache)[:, -1, :]
         self._newest = self._draw(inputs, logits)
-        self._places.advance()
+        self._places.advance([state.leaving for state in self.rows])
         mx.async_eval(self._newest)
         self._launched.append(self._newest)
 
@@ -122,7 +134,8 @@ class DecodeBatch:
     def join(self, prefilled: PrefillBatch, rows: int) -> Iterator[None]:
         """Layer by layer, take over prefilled rows, in buffers for at least `rows` rows.
 
-        Nothing may be launched before the first layer, nor between two. The other batch is spent.
+        Nothing may be launched before the first layer, nor between two, but these rows may decode meanwhile. The other
+        batch is spent.
         """
         assert not self._launched
         theirs = Places([len(tokens) for tokens in prefilled.tokens])
@@ -180,7 +193,7 @@ class DecodeBatch:
     def copy_prefix(self, source: RowState, length: int, layers: list[Any]) -> Iterator[None]:
         """Layer by layer, append a copy of a row's first `length` tokens to `layers`; nothing when it has left.
 
-        Nothing may be launched before the first layer, nor between two.
+        Nothing may be launched before the first layer, nor between two, but the rows may decode meanwhile.
         """
         index = next((at for at, state in enumerate(self.rows) if state is source), None)
         for layer in self.cache if index is not None else ():
@@ -196,7 +209,7 @@ class DecodeBatch:
     def drop(self) -> Iterator[None]:
         """Layer by layer, take out the rows that are leaving; into their places the last ones move.
 
-        Nothing may be launched before the first layer, nor between two.
+        Nothing may be launched before the first layer, nor before the last one's end.
         """
         assert not self._launched
         order = _compacted([not state.leaving for state in self.rows])
@@ -211,7 +224,7 @@ class DecodeBatch:
         self._newest = self._newest[mx.array(order)]
 
     def resize(self, rows: int, positions: int) -> Iterator[None]:
-        """Layer by layer, change the capacity."""
+        """Layer by layer, change the capacity. The rows may decode meanwhile."""
         for layer in self.cache:
             if isinstance(layer, RowCache):
                 layer.resize(max(rows, len(self)), max(positions, self._places.reach))

@@ -20,10 +20,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
-from service.engine.decode_batch import DecodeBatch
+from service.engine.decode_batch import Chore, DecodeBatch
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
 from service.engine.memory_limits import limit_buffers, limit_memory
-from service.engine.pacing import Load, Pacer
+from service.engine.pacing import Load, Pacer, StepPlan
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowSampling
 from service.engine.warmup import Warmup
@@ -56,7 +56,7 @@ class MlxBackend:
         self._forming: list[Member] = []
         self._prefill: PrefillBatch | None = None
         self._decode: DecodeBatch | None = None
-        self._chore: Iterator[None] | None = None
+        self._chore: Chore | None = None
         self._gone: set[int] = set()
         self._since = 0.0
         self._prefixes = PrefixCache(limit=0)
@@ -111,15 +111,14 @@ class MlxBackend:
         load = self._load_now()
         plan = self.pacer.plan(load)
         chore = self._chore or self._next_chore()
-        if self._decode is not None and plan.decode and (chore is None or self._decode.launched):
+        if chore is not None and chore.beside and load.rows and not plan.decode:
+            plan = StepPlan(decode=True, launch=False)  # a turn for copies: rows need not wait for it
+        if self._decode is not None and plan.decode and (chore is None or chore.beside or self._decode.launched):
             self._emit(self._decode, result, load, ahead=self._ahead and chore is None and not load.cohort)
         if not self._work_off(began, result):
             return result
-        if (
-            self._prefill is not None
-            and plan.chunk
-            and (chore is None or self.pacer.chunk_fits(load, self._clock() - began))
-        ):
+        fits = chore is None or self.pacer.chunk_fits(load, self._clock() - began)
+        if self._prefill is not None and plan.chunk and fits:
             self._prefill_once(self._prefill, plan.chunk, result)
             if not self._work_off(began, result):
                 return result
@@ -157,6 +156,7 @@ class MlxBackend:
             computing=bool(decode and decode.launched),
             cohort=len(prefill.rows) if prefill and not prefill.ready else 0,
             cohort_context=prefill.context if prefill else 0,
+            cohort_left=prefill.left if prefill else None,
         )
 
     def _emit(self, batch: DecodeBatch, result: StepResult, load: Load, *, ahead: bool) -> None:
@@ -181,7 +181,7 @@ class MlxBackend:
         result.prefill_seconds = self._clock() - began
         self.pacer.observe_prefill(result.prefill_tokens, context, result.prefill_seconds)
 
-    # -- chores: copies between steps, one layer at a time -------------------------------------------------
+    # -- chores: copies, one layer at a time, most of them while rows decode ---------------------------------
 
     def _work_off(self, began: float, result: StepResult) -> bool:
         """Go on with chores for the rest of the step, one layer at least; True when none is left."""
@@ -191,24 +191,24 @@ class MlxBackend:
             if self._chore is None:
                 return True
             result.copies += 1
-            if next(self._chore, DONE) is DONE:
+            if next(self._chore.layers, DONE) is DONE:
                 self._chore = None
             elif self._clock() - began >= self.pacer.target / 2:
                 return False
 
-    def _next_chore(self) -> Iterator[None] | None:
-        """What must be copied before the rows go on, if anything. It begins when nothing is launched."""
+    def _next_chore(self) -> Chore | None:
+        """What must be copied, if anything. It begins when nothing is launched."""
         batch, prefill = self._decode, self._prefill
         if self._forming:
-            return self._form()
+            return Chore(self._form())
         if batch is not None and any(state.leaving for state in batch.rows):
-            return self._drop(batch)
+            return Chore(self._drop(batch), beside=False)
         if batch is not None and (wanted := batch.wanted_capacity(len(self._waiting))):
-            return batch.resize(*wanted)
+            return Chore(batch.resize(*wanted))
         if prefill is not None and prefill.unprepared:
-            return prefill.prepare()
+            return Chore(prefill.prepare())
         if prefill is not None and prefill.ready:
-            return self._join(prefill)
+            return Chore(self._join(prefill))
         return None
 
     def _form(self) -> Iterator[None]:

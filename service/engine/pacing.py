@@ -1,14 +1,14 @@
 """What one engine step does, so that it lasts about `target` seconds at most. No mlx; one thread.
 
 A step may decode the live rows and prefill one chunk. What each costs is measured at warm-up and corrected by
-every step; what fits together into the target is done together (compare Sarathi-Serve, OSDI 2024). When even
-the smallest chunk does not fit beside decode, steps decode and prefill in turn, so that each stays within the
-target and neither starves the other.
+every step; what fits together into the target is done together (compare Sarathi-Serve, OSDI 2024). When none fits
+beside decode, or only one that costs much more a token than one with the target to itself, steps decode and prefill
+in turn, so that each stays within the target and neither starves the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SMALLEST_CHUNK = 4
 """Tokens below which a chunk costs hardly less than this many."""
@@ -22,9 +22,26 @@ HEADROOM = 0.8
 ROOM_TO_GROW = 0.7
 """Share of the target that rows may take together when one joins: their contexts, and so their steps, still grow."""
 
+WORTH_BESIDE = 0.5
+"""Share of the positions a second of a chunk with the whole target that one beside decode must reach: most of a small
+chunk's time may be its fixed cost (on two CPU cores 4 positions take 77 ms, and 31 take 140)."""
+
+WORTH_WAITING = 0.7
+"""Share of its pace that a prompt gives up, so that the live rows wait for smaller chunks between their tokens."""
+
+ALIGNED = 64
+"""Size from which on a single prompt's chunks end at multiples of their size, so that prompts share cuDNN's plans: it
+makes one for each pair of chunk and context (50 ms on an H100, where 512 positions then take 11)."""
+
+TAIL = 1.5
+"""A rest of up to this many chunks is one chunk, where that fits."""
+
 LEAST_WORTH = 1.5
 """Where even the smallest chunk takes longer than the target, the largest that takes at most this many times as
 long: on a GPU the fixed cost of a chunk may be tens of milliseconds, and the prompt would never get on."""
+
+MOMENT = 1e-9
+"""Seconds below which nothing is told apart."""
 
 UP, DOWN = 0.5, 0.2
 """Shares of an error that are learnt: what took longer is believed sooner than what took less."""
@@ -53,6 +70,7 @@ class Load:
     """What a step finds: live rows with their longest context, and the cohort in prefill, if any.
 
     `computing`: the live rows' next token is being computed already, and the device is not free before.
+    `cohort_left`: positions that the cohort has still to be prefilled, where that is known.
     """
 
     rows: int = 0
@@ -60,6 +78,7 @@ class Load:
     computing: bool = False
     cohort: int = 0
     cohort_context: int = 0
+    cohort_left: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +108,7 @@ class Estimate:
     def learn(self, fixed: float, growing: float, seconds: float) -> None:
         """A step that was planned as `of(fixed, growing)` took `seconds`."""
         planned, size = self.of(fixed, growing), fixed * fixed + growing * growing
-        if planned <= 0 or seconds <= 0:
+        if planned <= 0 or seconds <= 0 or size <= 0:
             return
         error = min(seconds, OUTLIER * planned) - planned
         gain = error * (UP if error > 0 else DOWN) / size
@@ -103,7 +122,7 @@ class Pacer:
     def __init__(self, *, target: float, largest: int, costs: StepCosts | None = None) -> None:
         self.target = target
         self._largest = largest
-        self._decoded_last = False
+        self._rows_next = False
         self.calibrate(costs or StepCosts())
 
     def calibrate(self, costs: StepCosts) -> None:
@@ -131,23 +150,27 @@ class Pacer:
 
     def plan(self, load: Load) -> StepPlan:
         """What the next step does."""
-        plan = self._plan(load)
-        self._decoded_last = plan.decode
-        return plan
-
-    def _plan(self, load: Load) -> StepPlan:
         if not load.cohort:
             return StepPlan(load.rows > 0)
-        budget = self.target * HEADROOM
-        if not load.rows:
-            return StepPlan(decode=False, chunk=self._chunk(budget, load.cohort_context))
-        beside = budget - self.decode_seconds(load.rows, load.context)
-        chunk = self._chunk(beside, load.cohort_context)
-        if self.prefill_seconds(chunk, load.cohort_context) <= beside:
-            return StepPlan(decode=True, chunk=chunk)
-        if load.computing or not self._decoded_last:
+        beside, chunk = self._share(load)
+        if beside or not load.rows:
+            return StepPlan(decode=beside, chunk=chunk)
+        if load.computing or self._rows_next:
             return StepPlan(decode=True, launch=False)
-        return StepPlan(decode=False, chunk=self._chunk(budget, load.cohort_context), launch=False)
+        return StepPlan(decode=False, chunk=chunk, launch=False)
+
+    def _share(self, load: Load) -> tuple[bool, int]:
+        """Whether a chunk is prefilled in the same step in which rows decode, and how large a one."""
+        budget = self.target * HEADROOM
+        decode = self.decode_seconds(load.rows, load.context) if load.rows else 0.0
+        alone = self._chunk(budget, load, decode)
+        if not load.rows:
+            return False, alone
+        rest = budget - decode
+        chunk = self._chunk(rest, load, decode)
+        seconds, of_alone = (self.prefill_seconds(each, load.cohort_context) for each in (chunk, alone))
+        worth = chunk * of_alone >= WORTH_BESIDE * alone * seconds
+        return (True, chunk) if worth and seconds <= rest else (False, alone)
 
     def chunk_fits(self, load: Load, spent: float) -> bool:
         """Whether the smallest chunk still fits into a step that has lasted for `spent` seconds."""
@@ -163,17 +186,32 @@ class Pacer:
         return rows <= 1 or self.decode_seconds(rows, context) <= self.target * ROOM_TO_GROW
 
     def room(self, load: Load) -> int:
-        """Positions that a new cohort may have to be prefilled in one step beside the live rows."""
-        decode = self.decode_seconds(load.rows, load.context) if load.rows else 0.0
-        return self._chunk(self.target * HEADROOM - decode, 0)
+        """Positions that a new cohort may have to be prefilled in one step as long as these rows are live."""
+        return self._share(replace(load, cohort_context=0, cohort_left=None))[1]
 
-    def _chunk(self, seconds: float, context: int) -> int:
-        """The largest power of two of positions, from the smallest chunk on, that takes at most `seconds`."""
+    def _chunk(self, seconds: float, load: Load, decode: float) -> int:
+        """Positions that take at most `seconds`, unless it is the smallest chunk, beside rows that take `decode`."""
+        context, left = load.cohort_context, load.cohort_left
         chunk = min(SMALLEST_CHUNK, self._largest)
         if self._last_seen(chunk) > self.target * HEADROOM:
             return self._worthwhile()
         while chunk * 2 <= self._largest and self.prefill_seconds(chunk * 2, context + chunk) <= seconds:
             chunk *= 2
+        if load.rows:
+            chunk = self._frugal(chunk, context, decode)
+        if left is not None and left <= TAIL * chunk and self.prefill_seconds(left, context) <= seconds:
+            return min(max(left, SMALLEST_CHUNK), self._largest)
+        return chunk - context % chunk if chunk >= ALIGNED and load.cohort <= 1 else chunk
+
+    def _frugal(self, chunk: int, context: int, decode: float) -> int:
+        """The smallest chunk with which the prompt gets on about as fast as with this one."""
+
+        def pace(positions: int) -> float:
+            return positions / max(decode + self.prefill_seconds(positions, context), MOMENT)
+
+        least = WORTH_WAITING * pace(chunk)
+        while chunk // 2 >= SMALLEST_CHUNK and pace(chunk // 2) >= least:
+            chunk //= 2
         return chunk
 
     def _last_seen(self, chunk: int) -> float:
@@ -190,11 +228,13 @@ class Pacer:
         return chunk
 
     def observe_decode(self, rows: int, context: int, seconds: float) -> None:
-        """Learn from what decoding took."""
+        """The live rows decoded: learn from what it took."""
+        self._rows_next = False
         self._decode.learn(*self._decode_parts(rows, context), seconds)
 
     def observe_prefill(self, positions: int, context: int, seconds: float) -> None:
-        """Learn from what a chunk took."""
+        """A chunk was prefilled: learn from what it took."""
+        self._rows_next = True
         self._chunks += 1
         self._seen[positions] = seconds, self._chunks
         self._prefill.learn(*self._prefill_parts(positions, context), seconds)

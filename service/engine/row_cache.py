@@ -42,9 +42,9 @@ class Places:
         """Positions that the next token's attention spans, its own included."""
         return max(self.lengths, default=0) + 1
 
-    def advance(self) -> None:
-        """Every row has written one token."""
-        self.lengths = [length + 1 for length in self.lengths]
+    def advance(self, leaving: Sequence[bool]) -> None:
+        """Every row has written one token; that of a row that is leaving does not count, and the next replaces it."""
+        self.lengths = [length + (not left) for length, left in zip(self.lengths, leaving, strict=True)]
         self._place()
 
     def extend(self, lengths: Sequence[int]) -> None:

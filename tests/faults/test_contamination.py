@@ -96,14 +96,14 @@ def settings_for(model: Path, state: Path) -> Settings:
 
 
 async def test_every_answer_equals_its_solo_run(
-    tiny_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
+    tiny_long_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
 ) -> None:
     asked = questions(count("contamination: prompts", 150, 3000), seed=11)
-    with served(settings_for(tiny_model_dir, tmp_path)) as service:
+    with served(settings_for(tiny_long_model_dir, tmp_path)) as service:
         together = await answers(service, asked, seed=12)
         await service.settled()
         cached = service.app.engine.status().memory.prefix_entries
-        with served(settings_for(tiny_model_dir, tmp_path)) as fresh:
+        with served(settings_for(tiny_long_model_dir, tmp_path)) as fresh:
             alone = [fresh.generate(q.prompt, max_tokens=q.max_tokens)["text"] for q in asked]
     assert cached > 10
     assert sum(said is not None for said in together) > len(asked) / 2
@@ -125,9 +125,9 @@ class Swapping(MlxBackend):
         return result
 
 
-async def test_a_backend_that_swaps_rows_is_caught(tiny_model_dir: Path, tmp_path: Path) -> None:
+async def test_a_backend_that_swaps_rows_is_caught(tiny_long_model_dir: Path, tmp_path: Path) -> None:
     asked = questions(60, seed=11)
-    settings = settings_for(tiny_model_dir, tmp_path)
+    settings = settings_for(tiny_long_model_dir, tmp_path)
     with served(settings, Swapping(settings)) as mutant:
         together = await answers(mutant, asked, seed=12)
         with served(settings) as fresh:

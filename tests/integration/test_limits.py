@@ -238,14 +238,16 @@ async def test_no_refusal_tells_a_tenant_anything_of_another(tmp_path: Path, gat
 
 
 @pytest.mark.parametrize("place", ["environment", ".env"])
-def test_nothing_around_a_started_service_switches_limits_off(place: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_nothing_around_a_started_service_switches_limits_off(
+    place: str, tmp_path: Path, tiny_long_model_dir: Path
+) -> None:
     tmp_path.chmod(0o700)
     hostile: dict[str, Any] = hostile_environment()
     if place == ".env":
         (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in hostile.items()))
         hostile = {}
     plan = {"default": {"requests_per_minute": 5, "request_burst": 5}}
-    ours: dict[str, Any] = {"MLXD_MODEL__REFERENCE": str(tiny_model_dir), "MLXD_LIMITS__PLANS": json.dumps(plan)}
+    ours: dict[str, Any] = {"MLXD_MODEL__REFERENCE": str(tiny_long_model_dir), "MLXD_LIMITS__PLANS": json.dumps(plan)}
     with started(tmp_path / "state", folder=str(tmp_path), **ours, **hostile) as running, httpx.Client() as http:
         answers = [http.get(f"{running.url}/v1/models") for _ in range(7)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 2

@@ -209,7 +209,7 @@ async def client(service: Served) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.parametrize("backend", [over_mlx, troubled])
 async def test_counters_add_up_with_the_ledger_and_with_what_clients_were_told(
-    backend: Callable[[], Backend | None], tiny_model_dir: Path, tmp_path: Path
+    backend: Callable[[], Backend | None], tiny_long_model_dir: Path, tmp_path: Path
 ) -> None:
     settings = Settings.load(
         None,
@@ -217,7 +217,7 @@ async def test_counters_add_up_with_the_ledger_and_with_what_clients_were_told(
             **AMPLE,
             "server.port": 0,
             "server.state_dir": tmp_path,
-            "model.reference": str(tiny_model_dir),
+            "model.reference": str(tiny_long_model_dir),
             "engine.max_rows": 8,
             "engine.max_queue": 20,
         },
@@ -306,7 +306,7 @@ SCRAPES = 40
 
 
 @pytest.mark.alone
-async def test_a_scrape_under_full_load_takes_less_than_50_ms(tiny_model_dir: Path, tmp_path: Path) -> None:
+async def test_a_scrape_under_full_load_takes_less_than_50_ms(tiny_long_model_dir: Path, tmp_path: Path) -> None:
     """32 streams as fast as they go, 200 consumers with series of their own.
 
     The best of many: the machine has two cores, and the streams' clients are on it too.
@@ -318,7 +318,7 @@ async def test_a_scrape_under_full_load_takes_less_than_50_ms(tiny_model_dir: Pa
     with started(
         tmp_path,
         timed=True,
-        MLXD_MODEL__REFERENCE=str(tiny_model_dir),
+        MLXD_MODEL__REFERENCE=str(tiny_long_model_dir),
         MLXD_AUTH__ENABLED="true",
         MLXD_LIMITS__PLANS=json.dumps(AMPLE["limits.plans"]),
     ) as running:

@@ -216,7 +216,7 @@ class Traffic:
 
 
 @pytest.fixture(scope="module")
-def prometheus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(tiny_long_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Scrapes the operator's listener of a service that is asked for as long as the tests last."""
     folder = tmp_path_factory.mktemp("scraped")
     (folder / "keys.json").write_bytes(key_set(rsa_jwk(rsa_key(), kid="r1")))
@@ -224,7 +224,7 @@ def prometheus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     settings = Settings.load(
         None,
         {
-            "model.reference": str(tiny_model_dir),
+            "model.reference": str(tiny_long_model_dir),
             "server.state_dir": folder / "state",
             "server.port": 0,
             "auth.issuers": [{**issuer, "jwks_file": str(folder / "keys.json")}],

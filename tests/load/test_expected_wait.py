@@ -36,10 +36,10 @@ async def answered(engine: Engine, rng: random.Random, delay: float) -> Generati
     return generation
 
 
-async def test_waits_of_real_steps_are_foreseen_within_a_factor_of_two_in_the_median(tiny_model_dir: Path) -> None:
+async def test_waits_of_real_steps_are_foreseen_within_a_factor_of_two_in_the_median(tiny_long_model_dir: Path) -> None:
     rng = random.Random(11)
     settings = Settings(
-        model={"reference": str(tiny_model_dir)},
+        model={"reference": str(tiny_long_model_dir)},
         engine={"max_rows": 4, "max_queue": 1000, "memory_budget": 1 << 30},
     )
     async with ready_engine(settings) as engine:

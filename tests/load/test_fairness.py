@@ -15,9 +15,9 @@ pytestmark = pytest.mark.alone
 SMALL = Load(flood=40, flood_prompt=24, flood_output=48, polite=8, polite_prompt=24, polite_output=4, interval=0.1)
 
 
-async def test_under_a_flood_the_polite_wait_far_less_than_first_come_first_served(tiny_model_dir: Path) -> None:
+async def test_under_a_flood_the_polite_wait_far_less_than_first_come_first_served(tiny_long_model_dir: Path) -> None:
     settings = Settings(
-        model={"reference": str(tiny_model_dir)},
+        model={"reference": str(tiny_long_model_dir)},
         engine={"max_rows": 4, "memory_budget": 1 << 30},
     )
     async with ready_engine(settings) as engine:

@@ -17,13 +17,12 @@ from tests.load.soak import BOUNDS, Sample, Soak, report, run, table
 from tests.load.soak_plot import drawing
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(2400)
 def test_nothing_grows_with_the_requests(
-    tiny_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
+    tiny_long_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
 ) -> None:
     seconds = count("soak: seconds of mixed traffic", 60, 1800)
-    found = run(tmp_path, tiny_model_dir, seconds)
+    found = run(tmp_path, tiny_long_model_dir, seconds)
     print(f"\n{sum(found.outcomes.values())} requests: {found.outcomes}\n\n{table(found)}")
     assert set(found.outcomes) == {"served", "left", "wrong", "stranger", "look"}
     assert found.problems(coarse=seconds < 600) == []

@@ -20,10 +20,11 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.utils import load_tokenizer
 
-from service.engine import demo_model
+from service.engine import demo_model, mlx_backend
 from service.engine.backend import Row, StepResult
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
+from service.engine.memory import MemoryModel
 from service.engine.mlx_backend import MlxBackend
 from service.engine.models import Progress
 from service.engine.pacing import StepCosts
@@ -47,9 +48,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def memory(folder: Path) -> MemoryModel:
+    """What rows of this model cost: measured once, which takes most of a load."""
+    return loaded(folder).info.memory
+
+
 @pytest.fixture(params=[False, True], ids=["as on a CPU", "ahead, as on a GPU"])
-def backend(folder: Path, request: pytest.FixtureRequest) -> Iterator[MlxBackend]:
-    made = loaded(folder, ahead=request.param)
+def backend(
+    folder: Path, memory: MemoryModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[MlxBackend]:
+    with monkeypatch.context() as patched:
+        patched.setattr(mlx_backend, "measure_memory", lambda *_: memory)
+        made = loaded(folder, ahead=request.param)
     yield made
     made.rebuild()
 
@@ -195,6 +206,32 @@ def test_who_leaves_while_its_prefix_is_copied_is_not_begun(
         backend.step()
     assert begun == []
     assert backend._prefill is None
+
+
+def test_rows_decode_while_others_join_and_their_buffers_grow(backend: MlxBackend, folder: Path) -> None:
+    """A long prompt makes the buffers of all rows larger, which took a pause of every stream."""
+    asked = [[3 + index % 250 for index in range(length)] for length in (20, 30, 900)]
+    for uid in (0, 1):
+        backend.insert(row(uid, asked[uid], max_tokens=300))
+    tokens: dict[int, list[int]] = {}
+    while len(tokens) < 2:
+        for token in backend.step().tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+    backend.pacer.target = 1e-9  # one layer a step
+    backend.insert(row(2, asked[2], max_tokens=8))
+    copied = emitted = 0
+    while 2 not in tokens:
+        result = backend.step()
+        copied += result.copies > 0
+        emitted += result.copies > 0 and len(result.tokens) > 0
+        for token in result.tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+    assert copied >= 2 * len(backend.model.layers), "of the prompt's own buffers, and its joining the others'"
+    assert emitted >= copied - 2, "but for tokens that were on their way"
+    rest, _ = finish(backend, 3)
+    assert {uid: tokens[uid] + rest.get(uid, []) for uid in tokens} == {
+        uid: alone(backend, folder, asked[uid], max_tokens=8 if uid == 2 else 300) for uid in tokens
+    }
 
 
 def test_rows_that_would_make_a_step_too_long_wait_for_one_to_leave(backend: MlxBackend, folder: Path) -> None:

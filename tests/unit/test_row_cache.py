@@ -38,11 +38,11 @@ def taken(places: Places, rows: Sequence[tuple[int, int]]) -> RowCache:
     return cache
 
 
-def written(cache: RowCache, places: Places, rows: Sequence[int]) -> None:
-    """Every row writes its next token."""
+def written(cache: RowCache, places: Places, rows: Sequence[int], leaving: Sequence[int] = ()) -> None:
+    """Every row writes its next token, which does not count for those that are leaving."""
     new = mx.concatenate([content(r, n + 1)[:, :, -1:] for r, n in zip(rows, places.lengths, strict=True)])
     cache.update_and_fetch(new, -new)
-    places.advance()
+    places.advance([row in leaving for row in rows])
 
 
 def assert_holds(cache: RowCache, places: Places, rows: Sequence[int]) -> None:
@@ -95,6 +95,15 @@ def test_a_batch_of_rows_that_hold_nothing_is_made_by_its_first_write() -> None:
     assert (cache.state, cache.nbytes) == ([], 0)
     written(cache, places, [1, 2])
     assert cache.capacity == (2, KV_STEP)
+    assert_holds(cache, places, [1, 2])
+
+
+def test_what_a_row_writes_that_is_leaving_does_not_count() -> None:
+    places = Places([3, 300])
+    cache = taken(places, [(1, 3), (2, 300)])
+    for _ in range(3):
+        written(cache, places, [1, 2], leaving=[1])
+    assert places.lengths == [3, 303]
     assert_holds(cache, places, [1, 2])
 
 
@@ -157,7 +166,7 @@ def test_writing_joining_and_leaving_copy_a_row_and_never_the_batch() -> None:
     def write() -> None:
         new = mx.zeros((6, HEADS, 1, WIDTH))
         mx.eval(cache.update_and_fetch(new, new))
-        places.advance()
+        places.advance([False] * 6)
 
     def join() -> None:
         cache.extend(other)

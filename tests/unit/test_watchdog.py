@@ -188,9 +188,15 @@ async def test_a_loop_that_does_not_answer_ends_the_process_at_once(logged: list
 
 async def test_loading_has_a_bound_of_its_own_between_two_reports() -> None:
     watched = Watched()
-    go = threading.Event()
-    watched.backend.before_load = lambda: go.wait(30)
+    loading, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        loading.set()
+        go.wait(30)
+
+    watched.backend.before_load = hold
     async with watched.running() as (engine, watchdog):
+        assert await asyncio.to_thread(loading.wait, 10)
         watched.clock.now += 899
         assert not watchdog.look()
         engine.progress.reported()
