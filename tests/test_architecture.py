@@ -37,7 +37,7 @@ ALLOWED_SIBLINGS = {("limits", "auth.principal"), *CEILING}
 ENGINE_ON_MLX = [
     f"engine/{name}.py"
     for name in (
-        *("mlx_backend", "batches", "decode_batch", "row_cache", "sampling", "prefix_cache"),
+        *("mlx_backend", "batches", "decode_batch", "decode_groups", "row_cache", "sampling", "prefix_cache"),
         *("models", "demo_model", "loading", "memory_limits", "warmup", "device"),
     )
 ]

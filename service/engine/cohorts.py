@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from service.engine.batches import RowState
-from service.engine.decode_batch import DecodeBatch
+from service.engine.decode_groups import DecodeGroups
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache, common_prefix
 
@@ -49,7 +49,7 @@ class Member(NamedTuple):
 
 
 def next_cohort(
-    waiting: deque[RowState], prefixes: PrefixCache, decode: DecodeBatch | None, limits: CohortLimits
+    waiting: deque[RowState], prefixes: PrefixCache, decode: DecodeGroups, limits: CohortLimits
 ) -> list[Member]:
     """Take the first waiting prompt, and those behind it while all fit into one chunk, each with its cached prefix.
 
@@ -74,7 +74,7 @@ def next_cohort(
     return members
 
 
-def found(state: RowState, prefixes: PrefixCache, decode: DecodeBatch | None) -> Member:
+def found(state: RowState, prefixes: PrefixCache, decode: DecodeGroups | None) -> Member:
     """A row with the longest prefix of its prompt that is somewhere; its last token is always left to be run."""
     cache, cached = prefixes.lookup(state.row.tenant, state.row.prompt)
     if decode is not None:
@@ -84,11 +84,11 @@ def found(state: RowState, prefixes: PrefixCache, decode: DecodeBatch | None) ->
     return Member(state, cache, cached)
 
 
-def copy_prefixes(members: list[Member], decode: DecodeBatch | None, prefixes: PrefixCache) -> Iterator[None]:
+def copy_prefixes(members: list[Member], decode: DecodeGroups, prefixes: PrefixCache) -> Iterator[None]:
     """Layer by layer, copy what rows that decode have of these prompts. In place: nobody has a source afterwards."""
     for at, member in enumerate(members):
         layers: list[Any] = []
-        if decode is not None and member.source is not None:
+        if member.source is not None:
             yield from decode.copy_prefix(member.source, member.cached, layers)
         if layers:
             members[at] = member._replace(cache=layers, source=None)

@@ -1,8 +1,9 @@
 """How much memory a batch needs at its peak: arithmetic only, no mlx, any thread.
 
 A batched KV cache is padded to its longest row and grows by 256 positions, so its size is rows x longest
-row, not the sum of the rows. Prompts in prefill have a cache of their own beside it until they join, and a row
-that leaves is copied once for the prefix cache. mlx-lm's own batched caches are copied whole when a row joins.
+row, not the sum of the rows; rows that decode in batches by their length (`decode_groups.py`) take less than that.
+Prompts in prefill have a cache of their own beside it until they join, and a row that leaves is copied once for
+the prefix cache. mlx-lm's own batched caches are copied whole when a row joins.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
-from service.engine.decode_batch import Chore, DecodeBatch
+from service.engine.decode_batch import Chore
+from service.engine.decode_groups import DecodeGroups
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
 from service.engine.memory_limits import limit_buffers, limit_memory
 from service.engine.pacing import Load, Pacer, StepPlan
@@ -55,13 +56,13 @@ class MlxBackend:
         self._waiting: deque[RowState] = deque()
         self._forming: list[Member] = []
         self._prefill: PrefillBatch | None = None
-        self._decode: DecodeBatch | None = None
         self._chore: Chore | None = None
         self._gone: set[int] = set()
         self._since = 0.0
         self._prefixes = PrefixCache(limit=0)
         self.model: Any = None
         self.pacer = Pacer(target=settings.engine.step_target, largest=settings.engine.max_prefill_chunk)
+        self._decode = DecodeGroups(None, frozenset(), self.pacer)
 
     def load(self, progress: Report = unheard) -> ModelInfo:
         """Resolve, download or convert, and load the model; set mlx's limits. Raises ModelUnavailable."""
@@ -72,6 +73,7 @@ class MlxBackend:
         limit_memory(engine, loaded.model, memory.budget)
         self.model = loaded.model
         self.info = loaded.info(memory)
+        self._decode = DecodeGroups(self.model, self.info.eos_token_ids, self.pacer)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
         self._log.info("model_loaded", model=loaded.name, batchable=self.info.batchable, memory_budget=memory.budget)
         return self.info
@@ -113,8 +115,8 @@ class MlxBackend:
         chore = self._chore or self._next_chore()
         if chore is not None and chore.beside and load.rows and not plan.decode:
             plan = StepPlan(decode=True, launch=False)  # a turn for copies: rows need not wait for it
-        if self._decode is not None and plan.decode and (chore is None or chore.beside or self._decode.launched):
-            self._emit(self._decode, result, load, ahead=self._ahead and chore is None and not load.cohort)
+        if load.rows and plan.decode and (chore is None or chore.beside or self._decode.launched):
+            self._emit(result, load, ahead=self._ahead and chore is None and not load.cohort)
         if not self._work_off(began, result):
             return result
         fits = chore is None or self.pacer.chunk_fits(load, self._clock() - began)
@@ -122,7 +124,7 @@ class MlxBackend:
             self._prefill_once(self._prefill, plan.chunk, result)
             if not self._work_off(began, result):
                 return result
-        if self._ahead and self._decode is not None and plan.launch and not self._decode.launched:
+        if self._ahead and plan.launch and not self._decode.launched:
             self._since = self._clock()
             self._decode.launch()
         self._drop_failed(result)
@@ -131,7 +133,7 @@ class MlxBackend:
     @property
     def busy(self) -> bool:
         """Whether copies are left to make: a step is due although no row may be waiting for it."""
-        leaving = self._decode is not None and any(state.leaving for state in self._decode.rows)
+        leaving = any(state.leaving for state in self._decode.rows)
         return leaving or self._chore is not None or bool(self._forming)
 
     def _next_cohort(self) -> None:
@@ -149,30 +151,32 @@ class MlxBackend:
         self._prefill = PrefillBatch(self.model, [member.state for member in members], caches) if members else None
 
     def _load_now(self) -> Load:
-        decode, prefill = self._decode, self._prefill
+        prefill, (first, *others) = self._prefill, self._decode.sizes or ((0, 0),)
         return Load(
-            rows=len(decode) if decode else 0,
-            context=decode.context if decode else 0,
-            computing=bool(decode and decode.launched),
+            rows=first[0],
+            context=first[1],
+            others=tuple(others),
+            computing=self._decode.launched > 0,
             cohort=len(prefill.rows) if prefill and not prefill.ready else 0,
             cohort_context=prefill.context if prefill else 0,
             cohort_left=prefill.left if prefill else None,
         )
 
-    def _emit(self, batch: DecodeBatch, result: StepResult, load: Load, *, ahead: bool) -> None:
+    def _emit(self, result: StepResult, load: Load, *, ahead: bool) -> None:
         """Hand over one token of each row; with `ahead` the device already computes the one after it."""
-        if not batch.launched:
+        decode = self._decode
+        result.decode_rows = len(decode)
+        if not decode.launched:
             self._since = self._clock()
-            batch.launch()
+            decode.launch()
         if ahead:
-            batch.launch()
-        for state, token, reason in batch.emit():
+            decode.launch()
+        for state, token, reason in decode.emit():
             result.tokens.append(Token(state.row.uid, token, reason))
-        batch.abandon_if_nobodys()
-        result.decode_rows = load.rows
+        decode.abandon_if_nobodys()
         now = self._clock()
         result.decode_seconds, self._since = now - self._since, now
-        self.pacer.observe_decode(load.rows, load.context, result.decode_seconds)
+        self.pacer.observe_decode(result.decode_seconds, *load.batches)
 
     def _prefill_once(self, batch: PrefillBatch, chunk: int, result: StepResult) -> None:
         began, context = self._clock(), batch.context
@@ -186,7 +190,7 @@ class MlxBackend:
     def _work_off(self, began: float, result: StepResult) -> bool:
         """Go on with chores for the rest of the step, one layer at least; True when none is left."""
         while True:
-            if self._chore is None and not (self._decode and self._decode.launched):
+            if self._chore is None and not self._decode.launched:
                 self._chore = self._next_chore()
             if self._chore is None:
                 return True
@@ -198,13 +202,11 @@ class MlxBackend:
 
     def _next_chore(self) -> Chore | None:
         """What must be copied, if anything. It begins when nothing is launched."""
-        batch, prefill = self._decode, self._prefill
+        prefill = self._prefill
         if self._forming:
             return Chore(self._form())
-        if batch is not None and any(state.leaving for state in batch.rows):
-            return Chore(self._drop(batch), beside=False)
-        if batch is not None and (wanted := batch.wanted_capacity(len(self._waiting))):
-            return Chore(batch.resize(*wanted))
+        if chore := self._decode.chore(len(self._waiting), self._keep):
+            return chore
         if prefill is not None and prefill.unprepared:
             return Chore(prefill.prepare())
         if prefill is not None and prefill.ready:
@@ -220,31 +222,19 @@ class MlxBackend:
 
     def _join(self, prefill: PrefillBatch) -> Iterator[None]:
         self._prefill = None
-        batch = self._decode = self._decode or DecodeBatch(self.model, self.info.eos_token_ids)
-        yield from batch.join(prefill, len(batch) + len(prefill.rows) + len(self._waiting))
+        yield from self._decode.join(prefill, len(self._waiting))
         for state in prefill.rows:
             state.leaving = state.row.uid in self._gone
         self._gone.clear()
 
-    def _drop(self, batch: DecodeBatch) -> Iterator[None]:
-        """Keep the prefixes of the rows that are leaving, then let them go."""
-        for index, state in enumerate(batch.rows):
-            if state.leaving and state.keep_prefix:
-                layers: list[Any] = []
-                yield from batch.extract(index, layers)
-                self._prefixes.store(state.row.tenant, batch.known(index), layers)
-        if all(state.leaving for state in batch.rows):
-            self._decode = None
-        else:
-            yield from batch.drop()
+    def _keep(self, state: RowState, tokens: Sequence[int], layers: list[Any]) -> None:
+        self._prefixes.store(state.row.tenant, tokens, layers)
 
     def _drop_failed(self, result: StepResult) -> None:
-        batch = self._decode
-        if batch is not None and batch.failed:
-            live = {state.row.uid for state in batch.rows if not state.leaving}
-            result.failed += [(uid, error) for uid, error in batch.failed.items() if uid in live]
-            self.remove(list(batch.failed))
-            batch.failed.clear()
+        failed = self._decode.take_failed()
+        live = {state.row.uid for state in self._decode.rows if not state.leaving}
+        result.failed += [(uid, error) for uid, error in failed.items() if uid in live]
+        self.remove(list(failed))
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         """Take rows out between steps, from wherever they are; those that decode leave with the next step."""
@@ -258,20 +248,20 @@ class MlxBackend:
             self._prefill.filter([i for i, uid in enumerate(self._prefill.uids) if uid not in gone])
             if not self._prefill.rows:
                 self._prefill = None
-        if self._decode is not None:
-            for state in self._decode.rows:
-                if state.row.uid in gone and not state.leaving:
-                    state.leaving, state.keep_prefix = True, keep_prefix
-            if self._chore is None and not any(s.keep_prefix or not s.leaving for s in self._decode.rows):
-                self._decode = None
-            else:
-                self._decode.abandon_if_nobodys()
+        for state in self._decode.rows:
+            if state.row.uid in gone and not state.leaving:
+                state.leaving, state.keep_prefix = True, keep_prefix
+        if self._chore is None and not any(s.keep_prefix or not s.leaving for s in self._decode.rows):
+            self._decode.clear()
+        else:
+            self._decode.abandon_if_nobodys()
 
     def rebuild(self) -> None:
         """Forget every row and prefix; the model stays."""
         self._waiting.clear()
         self._forming.clear()
-        self._prefill = self._decode = self._chore = None
+        self._prefill = self._chore = None
+        self._decode.clear()
         self._gone.clear()
         self._prefixes.clear()
         mx.clear_cache()
@@ -283,7 +273,7 @@ class MlxBackend:
             prefix_cache=self._prefixes.nbytes,
             prefix_capacity=self._prefixes.capacity,
             prefix_entries=len(self._prefixes),
-            batch=self._decode.nbytes if self._decode else 0,
+            batch=self._decode.nbytes,
         )
 
     def release_pool(self) -> None:
@@ -296,5 +286,6 @@ class MlxBackend:
         """
         self.model = None
         self.rebuild()
+        self._decode = DecodeGroups(None, frozenset(), self.pacer)
         mx.synchronize()
         mx.clear_streams()

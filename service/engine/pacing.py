@@ -29,6 +29,12 @@ chunk's time may be its fixed cost (on two CPU cores 4 positions take 77 ms, and
 WORTH_WAITING = 0.7
 """Share of its pace that a prompt gives up, so that the live rows wait for smaller chunks between their tokens."""
 
+WORTH_A_BATCH = 2.0
+"""Rows get a batch of their own when a place in any other costs more than this many times as much."""
+
+MOST_BATCHES = 4
+"""Of rows of different length: each batch is a forward pass of its own."""
+
 ALIGNED = 64
 """Size from which on a single prompt's chunks end at multiples of their size, so that prompts share cuDNN's plans: it
 makes one for each pair of chunk and context (50 ms on an H100, where 512 positions then take 11)."""
@@ -52,7 +58,7 @@ OUTLIER = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
-    """Seconds. Decode of r rows after a context of c: `decode_base` + r x (`decode_row` + c x `decode_context`).
+    """Seconds. A batch of r rows after c tokens decodes in `decode_base` + r x (`decode_row` + c x `decode_context`).
 
     Prefill of t positions after c: `prefill_base` + t x (`prefill_token` + c x `prefill_context`).
     """
@@ -65,20 +71,30 @@ class StepCosts:
     prefill_context: float = 0.0
 
 
+Sizes = tuple[tuple[int, int], ...]
+"""Rows, and tokens of the longest, of each batch that decodes: one forward pass each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a step finds: live rows with their longest context, and the cohort in prefill, if any.
+    """What a step finds: live rows, and the cohort in prefill, if any.
 
+    `rows` with their longest `context` are the first batch, `others` all further ones.
     `computing`: the live rows' next token is being computed already, and the device is not free before.
     `cohort_left`: positions that the cohort has still to be prefilled, where that is known.
     """
 
     rows: int = 0
     context: int = 0
+    others: Sizes = ()
     computing: bool = False
     cohort: int = 0
     cohort_context: int = 0
     cohort_left: int | None = None
+
+    @property
+    def batches(self) -> Sizes:
+        return ((self.rows, self.context), *self.others) if self.rows else self.others
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +148,18 @@ class Pacer:
         self._chunks = 0
         self._seen: dict[int, tuple[float, int]] = {}
 
-    def _decode_parts(self, rows: int, context: int) -> tuple[float, float]:
+    def _decode_parts(self, batches: Sizes) -> tuple[float, float]:
         costs = self.costs
-        return costs.decode_base, rows * (costs.decode_row + context * costs.decode_context)
+        growing = sum(rows * (costs.decode_row + context * costs.decode_context) for rows, context in batches)
+        return len(batches) * costs.decode_base, growing
 
     def _prefill_parts(self, positions: int, context: int) -> tuple[float, float]:
         costs = self.costs
         return costs.prefill_base, positions * (costs.prefill_token + context * costs.prefill_context)
 
-    def decode_seconds(self, rows: int, context: int) -> float:
-        """Planned seconds to decode `rows` rows, the longest after `context` tokens."""
-        return self._decode.of(*self._decode_parts(rows, context))
+    def decode_seconds(self, *batches: tuple[int, int]) -> float:
+        """Planned seconds of a step of batches of (rows, tokens of the longest)."""
+        return self._decode.of(*self._decode_parts(batches))
 
     def prefill_seconds(self, positions: int, context: int) -> float:
         """Planned seconds to prefill `positions` after `context` tokens."""
@@ -162,7 +179,7 @@ class Pacer:
     def _share(self, load: Load) -> tuple[bool, int]:
         """Whether a chunk is prefilled in the same step in which rows decode, and how large a one."""
         budget = self.target * HEADROOM
-        decode = self.decode_seconds(load.rows, load.context) if load.rows else 0.0
+        decode = self.decode_seconds(*load.batches)
         alone = self._chunk(budget, load, decode)
         if not load.rows:
             return False, alone
@@ -176,14 +193,32 @@ class Pacer:
         """Whether the smallest chunk still fits into a step that has lasted for `spent` seconds."""
         return spent + self.prefill_seconds(SMALLEST_CHUNK, load.cohort_context) < self.target
 
+    def home(self, batches: Sizes, rows: int, context: int) -> int | None:
+        """In which batch `rows`, the longest with `context` tokens, had best decode; None for a new one."""
+        if not batches:
+            return None
+        alone = self.decode_seconds((rows, context))
+        more = [
+            self.decode_seconds((live + rows, max(longest, context))) - self.decode_seconds((live, longest))
+            for live, longest in batches
+        ]
+        least = min(more)
+        return None if least > WORTH_A_BATCH * alone and len(batches) < MOST_BATCHES else more.index(least)
+
     def may_join(self, load: Load, rows: int, context: int) -> bool:
         """Whether `rows` more, the longest after `context` tokens, may decode with the live ones; one alone always may.
 
         What they add to their contexts afterwards is not foreseen: a step that grows a little longer is better
         than a stream that has to stop.
         """
-        rows, context = load.rows + rows, max(load.context, context)
-        return rows <= 1 or self.decode_seconds(rows, context) <= self.target * ROOM_TO_GROW
+        batches, home = list(load.batches), self.home(load.batches, rows, context)
+        if home is None:
+            batches.append((rows, context))
+        else:
+            live, longest = batches[home]
+            batches[home] = live + rows, max(longest, context)
+        alone = len(batches) == 1 and batches[0][0] <= 1
+        return alone or self.decode_seconds(*batches) <= self.target * ROOM_TO_GROW
 
     def room(self, load: Load) -> int:
         """Positions that a new cohort may have to be prefilled in one step as long as these rows are live."""
@@ -227,10 +262,10 @@ class Pacer:
             chunk *= 2
         return chunk
 
-    def observe_decode(self, rows: int, context: int, seconds: float) -> None:
+    def observe_decode(self, seconds: float, *batches: tuple[int, int]) -> None:
         """The live rows decoded: learn from what it took."""
         self._rows_next = False
-        self._decode.learn(*self._decode_parts(rows, context), seconds)
+        self._decode.learn(*self._decode_parts(batches), seconds)
 
     def observe_prefill(self, positions: int, context: int, seconds: float) -> None:
         """A chunk was prefilled: learn from what it took."""

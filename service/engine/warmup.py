@@ -68,18 +68,20 @@ class Warmup:
 
     def run(self, progress: Callable[[str, int, int], None]) -> StepCosts:
         """Run all families, `progress(what, done, total)` before each; returns the measured costs."""
-        stages = ("prefill", "decode", *(f"sampling {number}" for number in range(1, len(SAMPLED) + 1)), "rehearsal")
+        # A CPU's kernels know no shapes: what is slower once is noise, and repeating it with all rows took minutes.
+        cpu = mx.default_device() == mx.Device(mx.cpu)
+        sampled = () if cpu else SAMPLED
+        stages = ("prefill", "decode", *(f"sampling {number}" for number in range(1, len(sampled) + 1)), "rehearsal")
         progress(stages[0], 0, len(stages))
         costs = self._prefills()
         progress(stages[1], 1, len(stages))
         costs = self._decodes(costs)
-        for done, params in enumerate(SAMPLED, 2):
+        for done, params in enumerate(sampled, 2):
             progress(stages[done], done, len(stages))
             self._decode_sizes([1, self._backend.max_rows], params)
         progress(stages[-1], len(stages) - 1, len(stages))
         self._backend.pacer.calibrate(costs)
-        if mx.default_device() == mx.Device(mx.cpu):
-            # Its kernels know no shapes: slower once is noise, and repeating that with all rows took minutes.
+        if cpu:
             self._rehearse(min(2, self._backend.max_rows), *self._sizes(costs))
         elif self._cold_rehearsal(min(2, self._backend.max_rows), costs):
             self._cold_rehearsal(1, costs)  # other kernels: one row's products are with a vector

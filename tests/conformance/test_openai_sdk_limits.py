@@ -21,8 +21,6 @@ from service.settings import Settings
 from tests.fakes import FakeBackend, spelling
 from tests.serving import Served, make_key, served
 
-pytestmark = pytest.mark.alone
-
 QUEUELESS: dict[str, Any] = {"engine.max_rows": 1, "engine.max_queue": 0}
 HASTY: dict[str, Any] = {"engine.drain_timeout": 0.5}
 STRICT: dict[str, Any] = {"limits.failed_authentication_per_minute": 1}

@@ -48,7 +48,7 @@ class Watched(MlxBackend):
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         gone = set(uids)
         prefill = set(self._prefill.uids) if self._prefill else set()
-        decode = {state.row.uid for state in self._decode.rows} if self._decode else set()
+        decode = {state.row.uid for state in self._decode.rows}
         self.left_from += ["prefill"] * len(gone & prefill) + ["decode"] * len(gone & decode)
         super().remove(gone, keep_prefix=keep_prefix)
 
@@ -61,7 +61,7 @@ class Watched(MlxBackend):
 
     def empty(self) -> bool:
         """Whether nothing of any row is left."""
-        rows = self._waiting or self._prefill is not None or self._decode is not None
+        rows = self._waiting or self._prefill is not None or len(self._decode)
         return not (rows or self.busy or self._gone)
 
     def watch(self) -> None:

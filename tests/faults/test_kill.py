@@ -24,8 +24,6 @@ from service.storage import audit, keys
 from service.storage.database import Database
 from tests.serving import AMPLE, _banner_url, bearer, make_key
 
-pytestmark = pytest.mark.alone
-
 SLOWER_START = 2.0
 """Seconds that a start after a kill may take longer than the first one."""
 

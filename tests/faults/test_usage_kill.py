@@ -21,8 +21,6 @@ from service.storage.schema import USAGE
 from tests.faults.test_kill import service
 from tests.serving import bearer, make_key
 
-pytestmark = pytest.mark.alone
-
 LOST_AT_MOST = 1.0
 """Seconds before a kill."""
 

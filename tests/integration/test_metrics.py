@@ -101,6 +101,8 @@ class Crowd:
         chosen = [kinds[number % len(kinds)] for number in range(REQUESTS)]
         self.chance.shuffle(chosen)
         await asyncio.gather(*(one(number, kind) for number, kind in enumerate(chosen)))
+        # More at once than can run and wait, whatever the machine: some are refused.
+        await asyncio.gather(*(self.long(f"burst-{number}") for number in range(3 * AT_ONCE)))
 
     def headers(self, request_id: str, **more: str) -> dict[str, str]:
         return {**bearer(self.chance.choice(self.keys)), "x-request-id": request_id, **more}
@@ -151,6 +153,10 @@ class Crowd:
     async def native(self, request_id: str) -> None:
         send = self._stream if self.chance.random() < 0.5 else self._post
         await send("/generate", self.body(), self._new(request_id, "native"), self.headers(request_id))
+
+    async def long(self, request_id: str) -> None:
+        told = self._new(request_id, "long")
+        await self._post("/generate", self.body(max_tokens=400), told, self.headers(request_id))
 
     async def leaves(self, request_id: str) -> None:
         rows = self.chance.randrange(1, 3)

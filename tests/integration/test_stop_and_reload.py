@@ -156,8 +156,8 @@ class Stream:
         return self.events[-1]
 
 
-def test_a_stop_under_load_refuses_finishes_and_writes_down(tiny_model_dir: Path, tmp_path: Path) -> None:
-    site = Site(tmp_path, tiny_model_dir, drain_timeout=120)
+def test_a_stop_under_load_refuses_finishes_and_writes_down(tiny_long_model_dir: Path, tmp_path: Path) -> None:
+    site = Site(tmp_path, tiny_long_model_dir, drain_timeout=120)
     with running(site) as process:
         runs = [Stream(site, max_tokens=1500).under_way() for _ in range(2)]
         waits = Stream(site)
@@ -185,8 +185,8 @@ def test_a_stop_under_load_refuses_finishes_and_writes_down(tiny_model_dir: Path
     assert stat.S_IMODE(site.log.stat().st_mode) == 0o600
 
 
-def test_one_process_is_drained_and_taken_back_rotated_and_reloaded(tiny_model_dir: Path, tmp_path: Path) -> None:
-    site = Site(tmp_path, tiny_model_dir, drain_timeout=0.3)
+def test_one_process_is_drained_and_taken_back_rotated_and_reloaded(tiny_long_model_dir: Path, tmp_path: Path) -> None:
+    site = Site(tmp_path, tiny_long_model_dir, drain_timeout=0.3)
     with running(site) as process:
         an_operators_drain_ends_the_rest_with_a_typed_error_and_is_undone(site)
         a_rotation_under_load_loses_no_line_and_tears_none(site, process.pid)

@@ -32,8 +32,6 @@ from tests.faults import test_kill, test_usage_kill
 from tests.launchd.harness import Run, Supervisor
 from tests.serving import AMPLE, bearer, make_key
 
-pytestmark = pytest.mark.alone
-
 START_TIMEOUT = 180
 SLOWER_START = 2.0
 """Seconds from a kill until it is ready again, beyond the first start's load and the throttle."""

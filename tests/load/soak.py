@@ -52,7 +52,7 @@ default of 512 MB takes hundreds of requests to fill) have their size before any
 class Bound:
     """What 1,000 requests may add at most, by the slope's upper bound, and why not less.
 
-    `coarse` holds for a run of a minute or so, in which noise is larger: it finds what leaks with every departure.
+    `coarse` holds for a run of less than a minute, in which noise is larger: it finds what leaks with every departure.
     `resting`: what may be left when everybody has gone; None where there is no such number.
     """
 

@@ -28,6 +28,7 @@ from service.engine.memory import MemoryModel
 from service.engine.mlx_backend import MlxBackend
 from service.engine.models import Progress
 from service.engine.pacing import StepCosts
+from service.engine.row_cache import rounded
 from service.engine.sampling import RowSampling
 from service.settings import Settings
 from tests.progress import Recorder
@@ -234,6 +235,34 @@ def test_rows_decode_while_others_join_and_their_buffers_grow(backend: MlxBacken
     }
 
 
+def test_a_long_row_does_not_pad_the_short_ones(backend: MlxBackend, folder: Path) -> None:
+    """They decode in batches of their own; each row says what it says alone, and all memory comes back."""
+    asked = [[3 + (index * (uid + 1)) % 250 for index in range(30)] for uid in range(6)]
+    asked[3] = [3 + index % 250 for index in range(1500)]
+    asked[5] = [4 + index % 249 for index in range(1400)]
+    costs = StepCosts(decode_base=1e-5, decode_row=1e-5, decode_context=1e-6, prefill_token=1e-7)
+    tokens: dict[int, list[int]] = {}
+    sizes: set[tuple[int, ...]] = set()
+    held = ended = 0
+    for uid, prompt in enumerate(asked):
+        backend.insert(row(uid, prompt, max_tokens=40))
+    while ended < len(asked):
+        backend.pacer.calibrate(costs)
+        for token in backend.step().tokens:
+            tokens.setdefault(token.uid, []).append(token.token)
+            ended += token.finish_reason is not None
+        sizes.add(tuple(rows for rows, _ in backend._decode.sizes))
+        held = max(held, backend._decode.nbytes)
+    assert max(map(len, sizes)) == 2
+    assert max(map(sum, sizes)) == len(asked), "all of them at once"
+    token_bytes = sum(group.bytes_per_token for group in backend.info.memory.layers)
+    assert held <= (2 * rounded(1541) + len(asked) * rounded(80)) * token_bytes, "padded it would be six long ones"
+    assert tokens == {uid: alone(backend, folder, prompt, max_tokens=40) for uid, prompt in enumerate(asked)}
+    while backend.busy:
+        backend.step()
+    assert (len(backend._decode), backend._decode.nbytes) == (0, 0)
+
+
 def test_rows_that_would_make_a_step_too_long_wait_for_one_to_leave(backend: MlxBackend, folder: Path) -> None:
     slow = StepCosts(decode_row=0.3 * backend.pacer.target)  # two at a time fit
     asked = [[3 + uid] * 20 for uid in range(6)]
@@ -426,7 +455,8 @@ def test_the_prefix_cache_keeps_its_bytes_of_real_memory(folder: Path) -> None:
         backend.insert(row(uid, [3 + uid] * 300, max_tokens=3))
         finish(backend, 1)
         assert backend.memory().prefix_cache <= limit
-    backend._decode = backend._prefill = None
+    backend._decode.clear()
+    backend._prefill = None
     assert backend.memory().prefix_entries > 1
     assert mx.get_active_memory() - before <= limit * 1.1
     backend.make_room(0)
