@@ -91,8 +91,8 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	if [ -n '$(ARGS)' ]; then exec $$pytest --cov=service -m 'not soak' $(ARGS); fi; \
 	failed=; \
 	beside="$$pytest -n 2 --dist loadfile --durations=15 -m"; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/unit || failed=1; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' tests --ignore tests/unit || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/launchd tests/unit || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' tests --ignore tests/launchd --ignore tests/unit || failed=1; \
 	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit --ignore tests/security || failed=1; \
 	[ -z "$$failed" ]
 
