@@ -83,7 +83,7 @@ debian-packages:
 
 # First, two at a time and each with one BLAS thread (threads of two would spin for each other): what is measured
 # for coverage; then, not measured, which would make them and the processes that they start twice as slow, what runs
-# whole services or many steps; last, alone, what takes both cores or the time.
+# whole services or many steps (what is longest first); last, alone, what takes both cores or the time.
 test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (with ARGS= one run of pytest, which gets them)
 	@$(BIN)/coverage erase
 	@$(OPENBLAS_ENV) \
@@ -92,7 +92,7 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	failed=; \
 	beside="$$pytest -n 2 --dist loadfile --durations=15 -m"; \
 	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/launchd tests/unit || failed=1; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' tests --ignore tests/launchd --ignore tests/unit || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' tests/load tests --ignore tests/launchd --ignore tests/unit || failed=1; \
 	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit --ignore tests/security || failed=1; \
 	[ -z "$$failed" ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 from mlx_lm.generate import PromptProcessingBatch
@@ -35,6 +35,10 @@ def _assert_api() -> None:
 _assert_api()
 
 
+PLANNED: Final = mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
+"""Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
+
+
 @dataclass(slots=True)
 class RowState:
     """One row on its way through the batches. `rest` is the part of the prompt not yet prefilled,
@@ -49,6 +53,21 @@ class RowState:
     keep_prefix: bool = True
 
 
+class _Contiguous:
+    """A layer of one prompt's cache, whose keys and values are fetched as copies: their strides are then the same for
+    all prompts, whatever room their buffers have, and so is the plan."""
+
+    def __init__(self, layer: KVCache) -> None:
+        self._layer = layer
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = self._layer.update_and_fetch(keys, values)
+        return mx.contiguous(keys), mx.contiguous(values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
 class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is untyped
     """A cohort of prompts on its way into the KV cache: one long prompt over several steps, or several
     short ones that fit into one step together.
@@ -57,7 +76,9 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     the pool is bounded by `mx.set_cache_limit` instead.
     """
 
-    def __init__(self, model: Any, rows: Sequence[RowState], caches: list[list[Any]]) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[RowState], caches: list[list[Any]], *, planned: bool = PLANNED
+    ) -> None:
         heads = [list(state.row.prompt[: state.cached]) for state in rows]
         super().__init__(
             model,
@@ -71,6 +92,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         if len(rows) == 1:  # its own cache: a batched one brings a mask array, which keeps out the fused attention
             (self.prompt_cache,) = caches
         self.rows = list(rows)
+        self._planned = planned and len(rows) == 1
         self.unprepared = any(state.cached for state in rows)
 
     @property
@@ -113,7 +135,10 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         if any(padding):
             for layer in self.prompt_cache:
                 layer.prepare(lengths=lengths, right_padding=padding)
-        self.model(mx.array([p + [0] * pad for p, pad in zip(pieces, padding, strict=True)]), cache=self.prompt_cache)
+        cache = self.prompt_cache
+        if self._planned:
+            cache = [_Contiguous(layer) if type(layer) is KVCache else layer for layer in cache]
+        self.model(mx.array([p + [0] * pad for p, pad in zip(pieces, padding, strict=True)]), cache=cache)
         if any(padding):
             for layer in self.prompt_cache:
                 layer.finalize()

@@ -18,7 +18,7 @@ import structlog
 from mlx_lm.models.cache import make_prompt_cache
 
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
-from service.engine.batches import PrefillBatch, RowState
+from service.engine.batches import PLANNED, PrefillBatch, RowState
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
 from service.engine.decode_batch import Chore
 from service.engine.decode_groups import DecodeGroups
@@ -31,6 +31,9 @@ from service.engine.warmup import Warmup
 from service.settings import Settings
 
 DONE: Final = object()
+
+MOST_SHAPES = 10_000
+"""Of prefilled chunks that are remembered: the first of each is no lesson where it makes cuDNN plan."""
 
 
 class MlxBackend:
@@ -58,6 +61,7 @@ class MlxBackend:
         self._prefill: PrefillBatch | None = None
         self._chore: Chore | None = None
         self._gone: set[int] = set()
+        self._planned: set[tuple[int, int, int]] = set()
         self._since = 0.0
         self._prefixes = PrefixCache(limit=0)
         self.model: Any = None
@@ -183,7 +187,12 @@ class MlxBackend:
         chunk = min(chunk, self.info.memory.chunk(context + chunk))
         result.prefill_tokens = batch.advance(max(1, chunk // len(batch.rows)))
         result.prefill_seconds = self._clock() - began
-        self.pacer.observe_prefill(result.prefill_tokens, context, result.prefill_seconds)
+        shape = result.prefill_tokens, context, len(batch.rows)
+        typical = not PLANNED or shape in self._planned
+        if len(self._planned) > MOST_SHAPES:
+            self._planned.clear()
+        self._planned.add(shape)
+        self.pacer.observe_prefill(result.prefill_tokens, context, result.prefill_seconds, typical=typical)
 
     # -- chores: copies, one layer at a time, most of them while rows decode ---------------------------------
 

@@ -267,9 +267,11 @@ class Pacer:
         self._rows_next = False
         self._decode.learn(*self._decode_parts(batches), seconds)
 
-    def observe_prefill(self, positions: int, context: int, seconds: float) -> None:
-        """A chunk was prefilled: learn from what it took."""
+    def observe_prefill(self, positions: int, context: int, seconds: float, *, typical: bool = True) -> None:
+        """A chunk was prefilled: learn from what it took, if that was `typical`."""
         self._rows_next = True
+        if not typical:
+            return
         self._chunks += 1
         self._seen[positions] = seconds, self._chunks
         self._prefill.learn(*self._prefill_parts(positions, context), seconds)

@@ -156,7 +156,7 @@ class Crowd:
 
     async def long(self, request_id: str) -> None:
         told = self._new(request_id, "long")
-        await self._post("/generate", self.body(max_tokens=400), told, self.headers(request_id))
+        await self._post("/generate", self.body(max_tokens=200), told, self.headers(request_id))
 
     async def leaves(self, request_id: str) -> None:
         rows = self.chance.randrange(1, 3)

@@ -22,6 +22,7 @@ from mlx_lm.utils import load_tokenizer
 
 from service.engine import demo_model, mlx_backend
 from service.engine.backend import Row, StepResult
+from service.engine.batches import PrefillBatch
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.memory import MemoryModel
@@ -233,6 +234,35 @@ def test_rows_decode_while_others_join_and_their_buffers_grow(backend: MlxBacken
     assert {uid: tokens[uid] + rest.get(uid, []) for uid in tokens} == {
         uid: alone(backend, folder, asked[uid], max_tokens=8 if uid == 2 else 300) for uid in tokens
     }
+
+
+def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBackend) -> None:
+    """As on CUDA, where cuDNN plans for each stride."""
+    kept = []
+    for planned in (False, True):
+        state = backend.row_state(row(0, [3 + index % 250 for index in range(700)]))
+        batch = PrefillBatch(backend.model, [state], [backend.fresh_cache()], planned=planned)
+        while not batch.ready:
+            batch.advance(256)
+        kept.append([layer.state for layer in batch.prompt_cache])
+    for one, other in zip(*kept, strict=True):
+        assert all(mx.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlx_backend, "PLANNED", True)
+    lessons: list[bool] = []
+    monkeypatch.setattr(backend.pacer, "observe_prefill", lambda *_, typical: lessons.append(typical))
+    asked = [3 + index % 250 for index in range(700)]
+    backend.insert(row(0, asked, tenant="one"))
+    finish(backend, 1)
+    chunks = len(lessons)
+    backend.insert(row(1, asked, tenant="another"))
+    finish(backend, 1)
+    assert lessons == [False] * chunks + [True] * chunks
+    assert chunks > 0
 
 
 def test_a_long_row_does_not_pad_the_short_ones(backend: MlxBackend, folder: Path) -> None:

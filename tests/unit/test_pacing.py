@@ -305,6 +305,13 @@ def test_a_step_of_no_time_teaches_nothing_and_calibration_forgets(planned: Plan
     assert planned(p) == usual
 
 
+def test_a_chunk_that_is_not_typical_is_a_turn_and_no_lesson() -> None:
+    p = pacer()
+    p.observe_prefill(64, 100, 9.0, typical=False)
+    assert p.prefill_seconds(64, 100) == pacer().prefill_seconds(64, 100)
+    assert p.plan(Load(rows=94, context=100, cohort=1)) == StepPlan(decode=True, launch=False)
+
+
 def test_each_kind_of_work_is_learnt_by_itself() -> None:
     for kind, (planned, observe) in LEARNT.items():
         p = pacer()
