@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import PromptProcessingBatch
@@ -35,8 +35,9 @@ def _assert_api() -> None:
 _assert_api()
 
 
-PLANNED: Final = mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
-"""Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
+def cudnn_plans() -> bool:
+    """Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
+    return bool(mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available())
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[RowState], caches: list[list[Any]], *, planned: bool = PLANNED
+        self, model: Any, rows: Sequence[RowState], caches: list[list[Any]], *, planned: bool | None = None
     ) -> None:
         heads = [list(state.row.prompt[: state.cached]) for state in rows]
         super().__init__(
@@ -92,7 +93,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         if len(rows) == 1:  # its own cache: a batched one brings a mask array, which keeps out the fused attention
             (self.prompt_cache,) = caches
         self.rows = list(rows)
-        self._planned = planned and len(rows) == 1
+        self._planned = (cudnn_plans() if planned is None else planned) and len(rows) == 1
         self.unprepared = any(state.cached for state in rows)
 
     @property

@@ -18,7 +18,7 @@ import structlog
 from mlx_lm.models.cache import make_prompt_cache
 
 from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
-from service.engine.batches import PLANNED, PrefillBatch, RowState
+from service.engine.batches import PrefillBatch, RowState, cudnn_plans
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
 from service.engine.decode_batch import Chore
 from service.engine.decode_groups import DecodeGroups
@@ -188,7 +188,7 @@ class MlxBackend:
         result.prefill_tokens = batch.advance(max(1, chunk // len(batch.rows)))
         result.prefill_seconds = self._clock() - began
         shape = result.prefill_tokens, context, len(batch.rows)
-        typical = not PLANNED or shape in self._planned
+        typical = not cudnn_plans() or shape in self._planned
         if len(self._planned) > MOST_SHAPES:
             self._planned.clear()
         self._planned.add(shape)

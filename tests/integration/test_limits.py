@@ -27,7 +27,7 @@ from tests.redis_server import RedisServer, private, redis_server
 from tests.serving import Served, bearer, make_key, served, started
 from tests.unit.test_request_rate import hostile_environment
 
-pytestmark = [pytest.mark.anyio, pytest.mark.alone]
+pytestmark = pytest.mark.anyio
 
 RACERS = 100
 WINNERS = 10

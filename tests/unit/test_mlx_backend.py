@@ -252,7 +252,7 @@ def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBac
 def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(
     backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_backend, "PLANNED", True)
+    monkeypatch.setattr(mlx_backend, "cudnn_plans", lambda: True)
     lessons: list[bool] = []
     monkeypatch.setattr(backend.pacer, "observe_prefill", lambda *_, typical: lessons.append(typical))
     asked = [3 + index % 250 for index in range(700)]
