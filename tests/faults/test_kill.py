@@ -57,10 +57,13 @@ def service(state_dir: Path, model: Path, log: Path) -> Iterator[tuple[subproces
 
 
 class Load:
-    """Clients that generate, and that create and revoke keys; `created` are the keys whose answer arrived whole."""
+    """Clients that generate, and that create and revoke keys; `created` are the keys whose answer arrived whole.
 
-    def __init__(self, url: str, key: str) -> None:
-        self._url, self._headers = url, bearer(key)
+    `pause`: seconds between two keys of a client. Without one they take the CPU from a model that runs on it.
+    """
+
+    def __init__(self, url: str, key: str, pause: float = 0.0) -> None:
+        self._url, self._headers, self._pause = url, bearer(key), pause
         self.created: set[str] = set()
         self.revoked: set[str] = set()
         self.answers = 0
@@ -83,6 +86,7 @@ class Load:
                     self.created.add(kid)
                     assert client.delete(f"{self._url}/admin/keys/{kid}").status_code in (200, 204)
                     self.revoked.add(kid)
+                    time.sleep(self._pause)
                 self.answers += 1
                 if self.answers >= 3 * CLIENTS:
                     self.enough.set()
