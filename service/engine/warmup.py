@@ -36,6 +36,10 @@ DEEP, DEEP_ROWS = 2048, 4
 """Context and rows at which its cost is measured: enough that it is no matter of noise. On a CPU 8 rows after 1,024
 tokens took 0.129 s and after 2,048 0.268: what was measured at the former promised too much for the latter."""
 
+LEAST_DEEP = 256
+"""Tokens of context at least at which its cost for a chunk is measured, for the same reason: of small chunks after few
+tokens the difference is noise, and beside other work it once came out 800 times as large."""
+
 DEEP_SHARE = 0.25
 """Share of the memory budget that this may take."""
 
@@ -99,7 +103,7 @@ class Warmup:
             seconds = self._prefill(size)
             if seconds > target / 2:  # compiled, or really this slow?
                 seconds = self._settled(lambda tokens=size: self._prefill(tokens))  # type: ignore[misc]
-        self._deep = max(1, min(2 * size, 512, self._backend.info.context_length - size - 2))
+        self._deep = max(1, min(max(2 * size, LEAST_DEEP), 512, self._backend.info.context_length - size - 2))
         token = max(seconds - smallest, smallest / 100) / max(1, size - SMALLEST_CHUNK)
         later = self._prefill(size, context=self._deep)
         return StepCosts(
@@ -151,7 +155,7 @@ class Warmup:
         """Seconds of one chunk of `size` tokens after `context` others."""
         batch = self._batch(1, size + context + 1, GREEDY)
         while context > 0:
-            context -= batch.advance(min(context, size))
+            context -= batch.advance(min(context, max(size, LEAST_DEEP // 2)))
         began = self._clock()
         batch.advance(size)
         return self._clock() - began
