@@ -241,7 +241,7 @@ class MlxBackend:
 
     def _drop_failed(self, result: StepResult) -> None:
         failed = self._decode.take_failed()
-        live = {state.row.uid for state in self._decode.rows if not state.leaving}
+        live = {state.row.uid for state in self._decode.rows if failed and not state.leaving}
         result.failed += [(uid, error) for uid, error in failed.items() if uid in live]
         self.remove(list(failed))
 

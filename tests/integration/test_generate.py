@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -55,16 +56,17 @@ async def test_stream_and_whole_give_the_same_text(demo: Served) -> None:
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
-async def test_sixteen_at_once_each_equal_their_solo_run(demo: Served) -> None:
+async def test_sixteen_at_once_each_equal_their_solo_run(demo: Served, count: Callable[[str, int, int], int]) -> None:
+    length = count("sixteen at once: output tokens of each", 8, 32)
     asked = [f"{prompt} {extra}" for prompt in PROMPTS for extra in ("", "Well, the truth is that")]
     async with httpx.AsyncClient(timeout=300) as client:
 
         async def one(prompt: str) -> str:
-            body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+            body = {"prompt": prompt, "max_tokens": length, "temperature": 0}
             return str((await client.post(f"{demo.url}/generate", json=body)).json()["text"])
 
         together = await asyncio.gather(*map(one, asked))
-    assert together == [demo.generate(prompt, max_tokens=8)["text"] for prompt in asked]
+    assert together == [demo.generate(prompt, max_tokens=length)["text"] for prompt in asked]
 
 
 def test_a_stop_string_split_across_tokens_ends_the_text(demo: Served) -> None:
