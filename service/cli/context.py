@@ -38,12 +38,13 @@ def prepare(settings: Settings, *, log_file: bool = False, explain: Explain | No
     `explain` tells what is wrong with the settings, and ends the command.
     """
     from service.observability.logging import configure, log_uncaught
-    from service.settings import ConfigurationError, forget_outside_telemetry, private_tmpdir
+    from service.settings import ConfigurationError, forget_outside_telemetry, prefer_for_cuda, private_tmpdir
 
     log = settings.log
     with (explain or explained)():
         private_tmpdir(settings.server.state_dir)
         forget_outside_telemetry()
+        prefer_for_cuda()
         try:
             configure(level=log.level, fmt=log.format, queue_lines=log.queue_lines, file=log.file if log_file else None)
         except OSError as error:

@@ -1,8 +1,8 @@
 """How many rows are handed to the backend before it begins with them. No mlx; one thread.
 
 The backend takes prompts in the order in which it got them, and where steps are limited by time it may make them wait
-although admission has places left. Who stands there cannot be overtaken by who was served less. So the next rows are
-handed over when it has begun with the last, a cohort at a time; and one at a time once it has made them wait.
+although admission has places left. Who stands there cannot be overtaken by who was served less. So no more stand there
+than about twice the rows with which it begins at a time, and one once it has made them wait.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from service.engine.jobs import Job
 
 
 class Lineup:
-    """Asked once before each step. `most`: rows of a cohort."""
+    """Asked once before each step, then told. `most`: rows of a cohort."""
 
     def __init__(self, most: int) -> None:
         self._most = self._allowed = most
+        self._standing = 0
         self._stalled = False
 
     @property
@@ -26,12 +27,18 @@ class Lineup:
 
     def room(self, running: Sequence[Job], *, busy: bool) -> int:
         """Rows to hand over now, beside those that are `running`; `busy`: the backend is copying."""
-        phases = {job.phase for job in running}
-        if "queue" in phases:
-            if "prefill" not in phases and not busy:
-                self._stalled, self._allowed = True, 1
-            return 0
-        if not self._stalled:
-            self._allowed = min(2 * self._allowed, self._most)
-        self._stalled = False
-        return self._allowed
+        phases = [job.phase for job in running]
+        left = phases.count("queue")
+        begun, self._standing = self._standing - left, left
+        if left and not begun:
+            self._stalled = self._stalled or not (busy or "prefill" in phases)
+        elif begun:
+            self._stalled = False
+            self._allowed = min(self._most, 2 * (begun if left else self._allowed))
+        if self._stalled:
+            self._allowed = 1
+        return max(0, self._allowed - left)
+
+    def handed_over(self, rows: int) -> None:
+        """So many were."""
+        self._standing += rows

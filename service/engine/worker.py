@@ -220,6 +220,7 @@ class Worker:
             self._end(uid, late.code, Delta(error=late))
         room = self._lineup.room(self._in_batch(), busy=self._backend.busy)
         plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit(room)]
+        self._lineup.handed_over(len(plan.insert))
         plan.room = self._info.memory.budget - self._admission.reserved_bytes
         return plan
 

@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from service.settings.base import Group, SecretSetting, secret_settings
+from service.settings.cuda import prefer_for_cuda
 from service.settings.groups import (
     AuthSettings,
     EngineSettings,
@@ -70,6 +71,7 @@ __all__ = [
     "WatchdogSettings",
     "forget_outside_telemetry",
     "is_loopback",
+    "prefer_for_cuda",
     "private_tmpdir",
     "read_private",
     "secret_settings",
