@@ -17,10 +17,14 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from service.api.alarm import Alarm
 from service.engine.generation import Delta, FinishReason, Generation, Usage
 from service.observability.record import RequestRecord
 
 T = TypeVar("T")
+
+NOTHING = Delta()
+"""Wakes who waits for the next delta and has waited long enough."""
 
 
 class ClientGone(Exception):
@@ -55,53 +59,62 @@ class Shape(Protocol):
 class Deltas:
     """Several generations read as one sequence of (index, delta). Belongs to the event loop.
 
-    A row's error is raised, not returned: it ends the whole answer.
+    A row's error is raised, not returned: it ends the whole answer. `patience`, in seconds, is how long `next` waits.
     """
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
+    def __init__(self, generations: Sequence[Generation], patience: float | None = None) -> None:
         self.choices = [Choice() for _ in generations]
         self._open = dict(enumerate(generations))
         self._reads: dict[asyncio.Task[Delta], int] = {}
+        self._patience = patience
+        self._alarm = None if patience is None else Alarm(patience, self._wake)
 
     @property
     def finished(self) -> bool:
         """True when every row has ended."""
         return not self._open
 
-    async def next(self, patience: float | None = None) -> list[tuple[int, Delta]]:
-        """What arrived since the last call, at least one delta; nothing when `patience` seconds brought nothing.
+    async def next(self) -> list[tuple[int, Delta]]:
+        """What arrived since the last call, at least one delta; nothing when waiting brought nothing.
 
         Raises the ServiceError of a row that failed. Cancelling loses nothing.
         """
         alone = len(self._open) == 1 and not self._reads  # a pending read may already hold what arrived
-        arrived = await (self._next_of_one(patience) if alone else self._next_of_many(patience))
+        arrived = await (self._next_of_one() if alone else self._next_of_many())
         for index, delta in arrived:
             self._note(index, delta)
         return arrived
 
     async def close(self) -> None:
         """Stop the pending reads; to be called before the generations are closed."""
+        if self._alarm is not None:
+            self._alarm.stop()
         reads = list(self._reads)
         self._reads.clear()
         for read in reads:
             read.cancel()
         await asyncio.gather(*reads, return_exceptions=True)
 
-    async def _next_of_one(self, patience: float | None) -> list[tuple[int, Delta]]:
-        """The common case, without a task for each token."""
+    async def _next_of_one(self) -> list[tuple[int, Delta]]:
+        """The common case, without a task or a timer for each token."""
         [(index, generation)] = self._open.items()
-        try:
-            async with asyncio.timeout(patience):
-                return [(index, await generation.read())]
-        except TimeoutError:
-            return []
+        if self._alarm is None:
+            return [(index, await generation.read())]
+        self._alarm.on()
+        delta = await generation.read()
+        self._alarm.off()
+        return [] if delta is NOTHING else [(index, delta)]
 
-    async def _next_of_many(self, patience: float | None) -> list[tuple[int, Delta]]:
+    def _wake(self) -> None:
+        for generation in self._open.values():
+            generation.put(NOTHING)
+
+    async def _next_of_many(self) -> list[tuple[int, Delta]]:
         waited = set(self._reads.values())
         for index, generation in self._open.items():
             if index not in waited:
                 self._reads[asyncio.ensure_future(generation.read())] = index
-        done, _ = await asyncio.wait(self._reads, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(self._reads, timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
         arrived = [(self._reads.pop(read), read.result()) for read in done]
         return sorted(arrived, key=lambda pair: pair[0])
 
@@ -142,15 +155,19 @@ class WholeAnswer(Response):
             await self._deltas.next()
 
 
-async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Run `work` and return its result; cancel it and raise ClientGone as soon as the client leaves."""
+async def while_connected(
+    work: Coroutine[Any, Any, T], receive: Receive, given_up: asyncio.Future[None] | None = None
+) -> T:
+    """Run `work` and return its result; cancel it and raise ClientGone when the client leaves or is `given_up`."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_until_disconnect(receive))
+    awaited: set[asyncio.Future[Any]] = {task, watch} if given_up is None else {task, watch, given_up}
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        watch.result()  # a watch that failed is a bug of ours, not a departure
+        if watch.done():
+            watch.result()  # a watch that failed is a bug of ours, not a departure
         raise ClientGone
     finally:
         task.cancel()

@@ -14,8 +14,10 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import Response
-from starlette.types import Receive, Scope, Send
+from pydantic_core import PydanticSerializationError, to_json
+from starlette.types import Message, Receive, Scope, Send
 
+from service.api.alarm import Alarm
 from service.api.answer import ClientGone, Deltas, Shape, WholeAnswer, while_connected
 from service.api.deps import RequestState
 from service.api.errors import ErrorRenderer, note
@@ -30,8 +32,11 @@ DONE = b"data: [DONE]\n\n"
 
 def event(payload: Mapping[str, Any]) -> bytes:
     """One event. JSON escapes line breaks, so the data is always a single line."""
-    data = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + data.encode("utf-8", "replace") + b"\n\n"
+    try:
+        data = to_json(payload)
+    except PydanticSerializationError:  # half a character, which UTF-8 does not have
+        data = json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return b"data: " + data + b"\n\n"
 
 
 def events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
@@ -61,43 +66,44 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises ServiceError only while nothing has been sent."""
+        given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        alarm = Alarm(self._limits.write_timeout, lambda: given_up.set_result(None))
+
+        async def within_deadline(message: Message) -> None:
+            alarm.on()
+            await send(message)
+            alarm.off()
+
         try:
-            await while_connected(self._stream(scope, send), receive)
+            await while_connected(self._stream(scope, within_deadline), receive, given_up)
         except ClientGone:
             return
+        finally:
+            alarm.stop()
 
     async def _stream(self, scope: Scope, send: Send) -> None:
-        keepalive = self._limits.stream_keepalive
-        arrived = await self._deltas.next(keepalive)
-        await self._within_deadline(
-            send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
+        arrived = await self._deltas.next()
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         payloads = self._shape.opening()
         try:
             while True:
                 payloads = [*payloads, *(one for index, delta in arrived for one in self._shape.chunk(index, delta))]
                 if payloads or not arrived:
-                    await self._write(send, events(payloads) or KEEPALIVE)
+                    await _write(send, events(payloads) or KEEPALIVE)
                 if self._deltas.finished:
                     break
-                arrived, payloads = await self._deltas.next(keepalive), []
+                arrived, payloads = await self._deltas.next(), []
         except ServiceError as error:
             note(error, scope)
             await self._stack.aclose()
-            await self._write(send, event(self._errors.envelope(error)), more=False)
+            await _write(send, event(self._errors.envelope(error)), more=False)
             return
         await self._stack.aclose()
-        await self._write(send, events(self._shape.closing(self._deltas.choices)) + DONE, more=False)
+        await _write(send, events(self._shape.closing(self._deltas.choices)) + DONE, more=False)
 
-    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        await self._within_deadline(send, {"type": "http.response.body", "body": body, "more_body": more})
 
-    async def _within_deadline(self, send: Send, message: dict[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(self._limits.write_timeout):
-                await send(message)
-        except TimeoutError:
-            raise ClientGone from None
+async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def respond(
@@ -112,9 +118,10 @@ def respond(
         for generation in generations:
             generation.fail(error)
 
-    deltas = Deltas(generations)
+    limits = state["settings"].http
+    deltas = Deltas(generations, limits.stream_keepalive if stream else None)
     stack.enter_context(state["access"].running.watching(state["grant"], end))
     stack.push_async_callback(deltas.close)
     if stream:
-        return EventStream(deltas, shape, stack=stack, errors=state["errors"], limits=state["settings"].http)
+        return EventStream(deltas, shape, stack=stack, errors=state["errors"], limits=limits)
     return WholeAnswer(deltas, shape, stack)

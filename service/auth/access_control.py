@@ -30,7 +30,7 @@ from service.auth.revocation import RunningGrants
 from service.errors import StorageUnavailable
 from service.observability.logging import get_logger
 from service.observability.metrics import Metrics
-from service.settings import AuthSettings, Settings
+from service.settings import AuthSettings, ConfigurationError, Settings
 from service.storage import audit, telemetry
 from service.storage.connection import Connection
 from service.storage.database import Database
@@ -195,8 +195,11 @@ class AccessService:
 
     async def _open_until_it_is(self) -> None:
         while True:
-            if await asyncio.to_thread(self.open):
-                return
+            try:
+                if await asyncio.to_thread(self.open):
+                    return
+            except ConfigurationError as error:  # what is being mended may be wrong in another way meanwhile
+                self._say(str(error))
             await asyncio.sleep(RETRY_INTERVAL)
 
     async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:

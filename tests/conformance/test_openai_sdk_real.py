@@ -24,7 +24,7 @@ from service.engine import demo_model
 from service.settings import Settings
 from tests.serving import Served, make_key, served
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.beside]
 
 MODEL = "default"
 PROMPT = "The capital of France is"

@@ -146,6 +146,26 @@ async def test_a_database_that_is_not_there_is_503_and_never_401_until_it_is(
         assert (await client.get("/v1/models", headers=bearer(key))).status_code == 200
 
 
+async def test_a_database_that_is_wrong_in_another_way_while_it_is_mended_is_tried_on(
+    damaged: tuple[Served, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    service, file = damaged
+    link = file.with_suffix(".link")
+    link.symlink_to(tmp_path)
+    link.replace(file)  # refused as a configuration error, as is a file that vanishes between two looks at it
+    told = ""
+    async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(30):
+        while "must be a plain file" not in told:
+            told += "".join(capfd.readouterr())
+            await asyncio.sleep(0.01)
+        file.unlink()
+        while (await client.get("/health")).status_code != 200:
+            await asyncio.sleep(0.01)
+    told += "".join(capfd.readouterr())
+    assert told.count("must be a plain file") == 1
+    assert "access_task_died" not in told
+
+
 def test_the_reason_is_logged_once_and_not_at_each_attempt(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, **{"storage.url": "postgresql://127.0.0.1:1/nothing"})
     service = AccessService(settings, Metrics())

@@ -50,20 +50,28 @@ async def test_the_last_row_of_several_loses_nothing_when_the_others_have_ended(
 async def test_waiting_in_vain_loses_nothing() -> None:
     for count in (1, 2):
         rows = generations(count)
-        deltas = Deltas(rows)
-        assert await deltas.next(0.001) == []
+        deltas = Deltas(rows, 0.001)
+        assert await deltas.next() == []
+        assert await deltas.next() == []
         rows[0].put(Delta("a"))
-        assert await deltas.next(10) == [(0, Delta("a"))]
+        assert await deltas.next() == [(0, Delta("a"))]
         await deltas.close()
 
 
 async def test_closing_stops_the_pending_reads() -> None:
     rows = generations(2)
-    deltas = Deltas(rows)
-    assert await deltas.next(0.001) == []
+    deltas = Deltas(rows, 0.001)
+    assert await deltas.next() == []
     before = asyncio.all_tasks()
     await deltas.close()
     assert len(asyncio.all_tasks()) == len(before) - 2
+
+
+async def test_who_does_not_read_is_given_up() -> None:
+    given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    given_up.set_result(None)
+    with pytest.raises(ClientGone):
+        await while_connected(asyncio.sleep(3600), asyncio.Event().wait, given_up)  # type: ignore[arg-type]
 
 
 async def test_a_broken_watch_is_not_taken_for_a_departure() -> None:
