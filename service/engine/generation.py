@@ -141,7 +141,7 @@ class Generation:
     it, and the engine gives everything back at the next step boundary. Closing twice is harmless.
     """
 
-    __slots__ = ("_closed", "_mail", "_on_close", "_ready", "last", "meter", "request")
+    __slots__ = ("_closed", "_mail", "_on_close", "_reader", "last", "meter", "request")
 
     def __init__(self, request: GenerationRequest, on_close: Callable[[Generation], None]) -> None:
         self.request = request
@@ -149,7 +149,7 @@ class Generation:
         self.last: Delta | None = None
         self._on_close = on_close
         self._mail: Delta | None = None
-        self._ready = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
         self._closed = False
 
     @property
@@ -168,7 +168,7 @@ class Generation:
         self._mail = delta if self._mail is None else self._mail.merged(delta)
         if delta.final:
             self.last = delta
-        self._ready.set()
+        self._wake()
 
     def record(self, now: float) -> RowRecord:
         """What is to be kept of it, when it is closed or has ended."""
@@ -192,18 +192,23 @@ class Generation:
         self._on_close(self)
 
     async def read(self) -> Delta:
-        """Wait for and take everything that arrived since the last read, merged into one delta.
+        """Wait for and take everything that arrived since the last read, merged into one delta. One reader at a time.
 
         After the final delta has been read, or after close, raises RuntimeError: there is nothing to wait for.
         """
-        if self._mail is None and (self.finished or self._closed):
-            raise RuntimeError("read after the final delta")
-        await self._ready.wait()
+        if self._mail is None:
+            if self.finished or self._closed:
+                raise RuntimeError("read after the final delta")
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         mail, self._mail = self._mail, None
-        self._ready.clear()
         if mail is None:  # closed while waiting
             raise RuntimeError("closed while reading")
         return mail
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def close(self) -> None:
         """Stop reading; cancels the generation when it is unfinished."""
@@ -211,7 +216,7 @@ class Generation:
             return
         self._closed = True
         self._mail = None
-        self._ready.set()
+        self._wake()
         if not self.finished:
             self._on_close(self)
 
