@@ -44,6 +44,11 @@ class DecodeGroups:
         return tuple((len(batch), batch.context) for batch in self._batches)
 
     @property
+    def awaited(self) -> tuple[tuple[int, int], ...]:
+        """`sizes`, but nothing when every row is leaving: nobody waits for their next token."""
+        return () if all(state.leaving for state in self.rows) else self.sizes
+
+    @property
     def launched(self) -> int:
         """Tokens of each row that are being computed and were not emitted: 0, 1 or 2."""
         return max((batch.launched for batch in self._batches), default=0)

@@ -156,7 +156,7 @@ class MlxBackend:
         self._prefill = PrefillBatch(self.model, [member.state for member in members], caches) if members else None
 
     def _load_now(self) -> Load:
-        prefill, (first, *others) = self._prefill, self._decode.sizes or ((0, 0),)
+        prefill, (first, *others) = self._prefill, self._decode.awaited or ((0, 0),)
         return Load(
             rows=first[0],
             context=first[1],
@@ -199,6 +199,7 @@ class MlxBackend:
 
     def _work_off(self, began: float, result: StepResult) -> bool:
         """Go on with chores for the rest of the step, one layer at least; True when none is left."""
+        until = self.pacer.copies_until(began, self._clock())
         while True:
             self._chore = self._chore or (None if self._decode.launched else self._next_chore())
             if self._chore is None:
@@ -206,7 +207,7 @@ class MlxBackend:
             result.copies += 1
             if next(self._chore.layers, DONE) is DONE:
                 self._chore = None
-            elif self._clock() - began >= self.pacer.target / 2:
+            elif self._clock() >= until:
                 return False
 
     def _next_chore(self) -> Chore | None:
@@ -247,8 +248,7 @@ class MlxBackend:
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         """Take rows out between steps, from wherever they are; those that decode leave with the next step."""
-        gone = set(uids)
-        if not gone:
+        if not (gone := set(uids)):
             return
         self._gone |= gone if self._chore is not None else set()
         self._waiting = deque(state for state in self._waiting if state.row.uid not in gone)

@@ -46,6 +46,10 @@ LEAST_WORTH = 1.5
 """Where even the smallest chunk takes longer than the target, the largest that takes at most this many times as
 long: on a GPU the fixed cost of a chunk may be tens of milliseconds, and the prompt would never get on."""
 
+COPYING = 1 / 8
+"""Share of the target that copies get beside rows which take half of it themselves: a layer at a step, with rows whose
+steps are long, would make who joins wait for as many steps as there are layers."""
+
 BRIEF = 0.02
 """Share of the target below which nobody minds that a step takes two tokens' time. On two CPU cores, with a model whose
 steps take 2 ms, Python's part of the next token then costs no time: 11,900 tokens a second instead of 9,500."""
@@ -200,6 +204,10 @@ class Pacer:
     def chunk_fits(self, load: Load, spent: float) -> bool:
         """Whether the smallest chunk still fits into a step that has lasted for `spent` seconds."""
         return spent + self.prefill_seconds(SMALLEST_CHUNK, load.cohort_context) < self.target
+
+    def copies_until(self, began: float, now: float) -> float:
+        """When a step that began then stops making copies: at half of the target, or a little later."""
+        return max(began + self.target / 2, min(now + self.target * COPYING, began + self.target * HEADROOM))
 
     def home(self, batches: Sizes, rows: int, context: int) -> int | None:
         """In which batch `rows`, the longest with `context` tokens, had best decode; None for a new one."""

@@ -260,6 +260,26 @@ def test_rows_decode_while_others_join_and_their_buffers_grow(backend: MlxBacken
     }
 
 
+def test_rows_that_have_ended_are_not_decoded_while_others_are_copied(backend: MlxBackend, folder: Path) -> None:
+    """They were, once for each layer: on a CPU with the demo model five seconds for nothing."""
+    asked = [[3 + index % 250 for index in range(length)] for length in (20, 900)]
+    backend.insert(row(0, asked[0], max_tokens=300))
+    while not backend.step().tokens:
+        pass
+    backend.pacer.target = 1e-9  # one layer a step
+    backend.insert(row(1, asked[1], max_tokens=8))
+    while backend._chore is None:
+        backend.step()
+    backend.remove([0])
+    during = []
+    while backend._chore is not None:
+        during.append(backend.step())
+    assert sum(result.copies for result in during) > 0
+    assert [result.decode_rows for result in during] == [0] * len(during)
+    tokens, _ = finish(backend, 1)
+    assert tokens == {1: alone(backend, folder, asked[1], max_tokens=8)}
+
+
 def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBackend) -> None:
     """As on CUDA, where cuDNN plans for each stride."""
     kept = []

@@ -347,3 +347,11 @@ def test_a_step_is_brief_by_what_it_was_seen_to_take() -> None:
         found.observe_decode(0.1, (8, 100))
     assert not found.brief((8, 100))
     assert not found.brief((8, 100), (1, 4000))
+
+
+def test_copies_get_an_eighth_of_the_target_beside_rows_that_take_half_of_it() -> None:
+    p = pacer()
+    assert p.copies_until(10.0, 10.0) == 10.0 + TARGET / 2
+    assert p.copies_until(10.0, 10.0 + 0.3 * TARGET) == 10.0 + TARGET / 2
+    assert p.copies_until(10.0, 10.0 + 0.6 * TARGET) == pytest.approx(10.0 + 0.725 * TARGET)
+    assert p.copies_until(10.0, 10.0 + 0.75 * TARGET) == pytest.approx(10.0 + 0.8 * TARGET)
