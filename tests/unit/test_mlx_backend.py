@@ -268,11 +268,11 @@ def test_rows_that_have_ended_are_not_decoded_while_others_are_copied(backend: M
         pass
     backend.pacer.target = 1e-9  # one layer a step
     backend.insert(row(1, asked[1], max_tokens=8))
-    while backend._chore is None:
+    while not backend.busy:
         backend.step()
     backend.remove([0])
     during = []
-    while backend._chore is not None:
+    while backend.busy:
         during.append(backend.step())
     assert sum(result.copies for result in during) > 0
     assert [result.decode_rows for result in during] == [0] * len(during)
