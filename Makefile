@@ -21,6 +21,8 @@ comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 PIP = $(BIN)/python -m pip --quiet --quiet
+# On all cores, which pip does not; what some package brings for other versions of Python need not compile.
+COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
 # mlx's CPU backend multiplies matrices through BLAS, and the wheel's own is slow: preload OpenBLAS where it is.
 ifeq ($(VARIANT),cpu)
@@ -55,12 +57,14 @@ $(RUNTIME): pyproject.toml constraints.txt
 	  $$found -m venv --clear $(VENV); fi; \
 	rm -f $(VENV)/.runtime-* $(VENV)/.develop-*; \
 	echo "Installing mlxd ($(VARIANT)) into $(VENV) with $$($(BIN)/python --version)" >&2; \
-	$(PIP) install --constraint constraints.txt --editable '.$(if $(EXTRA),[$(EXTRA)])'; \
+	$(PIP) install --no-compile --constraint constraints.txt --editable '.$(if $(EXTRA),[$(EXTRA)])'; \
+	$(COMPILE); \
 	touch $@
 
 $(DEVELOP): $(RUNTIME)
 	@echo "Installing the development tools" >&2
-	@$(PIP) install --constraint constraints.txt --editable '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@$(PIP) install --no-compile --constraint constraints.txt --editable '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@$(COMPILE)
 	@touch $@
 
 install: $(DEVELOP) ## Make .venv with everything for development

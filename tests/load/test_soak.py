@@ -1,4 +1,4 @@
-"""The soak, for 45 seconds in `make test`, for half an hour in `make soak`; and that it would find what grows."""
+"""The soak, for 35 seconds in `make test`, for half an hour in `make soak`; and that it would find what grows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.load.soak_plot import drawing
 def test_nothing_grows_with_the_requests(
     tiny_long_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
 ) -> None:
-    seconds = count("soak: seconds of mixed traffic", 45, 1800)
+    seconds = count("soak: seconds of mixed traffic", 35, 1800)
     found = run(tmp_path, tiny_long_model_dir, seconds)
     print(f"\n{sum(found.outcomes.values())} requests: {found.outcomes}\n\n{table(found)}")
     assert set(found.outcomes) == {"served", "left", "wrong", "stranger", "look"}
