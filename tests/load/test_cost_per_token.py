@@ -37,8 +37,8 @@ STREAMS, TOKENS, ROUNDS = 32, 128, 5
 
 MOST = 10.0
 """Units that a token may cost around the engine. Seen on 2 cores with nothing beside it: 2.9 to 8.5 units, 12.2 to 14.6
-with 40 microseconds more a token. Other work on the machine makes it more, so this must run alone, and the best of TRIES
-counts."""
+with 40 microseconds more a token. Other work on the machine makes it more, so this must run alone, and the best of
+TRIES counts."""
 
 TRIES = 3
 
