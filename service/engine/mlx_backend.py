@@ -40,7 +40,7 @@ class MlxBackend:
     """Drives one mlx-lm model. `clock` is a monotonic clock in seconds.
 
     `ahead`: compute a token while the one before it is handed over; by default on a GPU. On a CPU launching waits for
-    most of the computation (mlx's scheduler takes 10 tasks), so a step would hold two tokens.
+    most of the computation (mlx's scheduler takes 10 tasks), so a step would hold two tokens and hide nothing.
     """
 
     def __init__(
@@ -200,7 +200,8 @@ class MlxBackend:
         """Go on with chores for the rest of the step, one layer at least; True when none is left."""
         until = self.pacer.copies_until(began, self._clock())
         while True:
-            self._chore = self._chore or (None if self._decode.launched else self._next_chore())
+            if self._chore is None and not self._decode.launched:
+                self._chore = self._next_chore()
             if self._chore is None:
                 return True
             result.copies += 1
