@@ -16,7 +16,7 @@ import mlx.core as mx
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.generation import FinishReason
 from service.engine.prefix_cache import common_prefix
-from service.engine.row_cache import Places, RowCache, rounded
+from service.engine.row_cache import Places, RowCache, copied, rounded
 from service.engine.sampling import Sampling
 
 EARLY = 32
@@ -173,11 +173,8 @@ class DecodeBatch:
     def extract(self, index: int, layers: list[Any]) -> Iterator[None]:
         """Layer by layer, append a copy of one row to `layers`; it holds `known(index)`. Nothing may be launched."""
         assert not self._launched
-        for layer in self.cache:
-            copy = layer.extract(index) if hasattr(layer, "extract") else layer
-            mx.eval(copy.state)
-            layers.append(copy)
-            yield
+        rows = (layer.extract(index) if hasattr(layer, "extract") else layer for layer in self.cache)
+        yield from copied(rows, layers)
 
     def longest_shared(self, tenant: str, head: Sequence[int]) -> tuple[RowState | None, int]:
         """The row of `tenant` that has most of `head` in its cache, and how many tokens of it."""
@@ -196,11 +193,8 @@ class DecodeBatch:
         Nothing may be launched before the first layer, nor between two, but the rows may decode meanwhile.
         """
         index = next((at for at, state in enumerate(self.rows) if state is source), None)
-        for layer in self.cache if index is not None else ():
-            copy = layer.extract(index, length)
-            mx.eval(copy.state)
-            layers.append(copy)
-            yield
+        if index is not None:
+            yield from copied((layer.extract(index, length) for layer in self.cache), layers)
 
     def known(self, index: int) -> list[int]:
         """The tokens in a row's cache while nothing is launched."""
