@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
 from service.engine.backend import MemoryUse, ModelInfo
-from service.engine.memory import BUDGET_SHARE, HOST_SHARE, KV_STEP, Activations, LayerGroup, MemoryModel
-from service.engine.memory_limits import weight_bytes
+from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
+from service.engine.memory_limits import recommended_bytes, weight_bytes, working_set
 from service.engine.models import Told, resolve
 from service.engine.tokenizer import Tokenizer
 from service.errors import ModelTooLarge, ModelUnavailable
@@ -125,20 +124,6 @@ def memory_use() -> MemoryUse:
         buffer_cache=mx.get_cache_memory(),
         recommended=recommended_bytes(),
     )
-
-
-def recommended_bytes() -> int | None:
-    """What a GPU recommends to stay below (Metal), or has (CUDA); None on a CPU."""
-    info = mx.device_info()
-    recommended = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
-    return int(recommended) if recommended and mx.default_device() != mx.Device(mx.cpu) else None
-
-
-def working_set() -> int:
-    """Bytes that weights and caches together may use on this device."""
-    if (recommended := recommended_bytes()) is not None:
-        return int(recommended * BUDGET_SHARE)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * HOST_SHARE)
 
 
 def measure_memory(settings: Settings, loaded: LoadedModel) -> MemoryModel:

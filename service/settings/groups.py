@@ -134,7 +134,7 @@ class EngineSettings(Group):
     )
     wired_limit: int = Field(0, ge=0, description="Bytes for Metal's wired limit; 0 leaves it alone (mlx #3186).")
     buffer_cache_limit: int = Field(
-        512 * 1024 * 1024, ge=0, description="Bytes of freed buffers that mlx may keep for reuse."
+        0, ge=0, description="Bytes of freed buffers that mlx may keep for reuse; 0 takes it from the device."
     )
 
 

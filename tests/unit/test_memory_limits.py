@@ -10,8 +10,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from service.engine.loading import load_model, working_set
-from service.engine.memory_limits import LEAST_HEADROOM, limit_memory, weight_bytes
+from service.engine import memory_limits
+from service.engine.loading import load_model
+from service.engine.memory_limits import (
+    LEAST_HEADROOM,
+    LEAST_POOL,
+    limit_memory,
+    pool_bytes,
+    weight_bytes,
+    working_set,
+)
 from service.engine.mlx_backend import MlxBackend
 from service.errors import ModelTooLarge, NotEnoughMemory
 from service.settings import EngineSettings, Settings
@@ -39,8 +47,15 @@ def test_the_limit_is_what_the_service_means_to_use_and_headroom(tiny_model_dir:
     backend = MlxBackend(settings(tiny_model_dir, memory_budget=1 << 30, buffer_cache_limit=1 << 20))
     backend.load()
     assert memory_limit_now() == weight_bytes(backend.model) + (1 << 30) + (1 << 20) + LEAST_HEADROOM
-    limit_memory(EngineSettings(), backend.model, 100 << 30)
+    limit_memory(EngineSettings(buffer_cache_limit=1 << 29), backend.model, 100 << 30)
     assert memory_limit_now() == pytest.approx(1.05 * (100.5 * (1 << 30)), rel=0.001)
+
+
+@pytest.mark.parametrize(("size", "pool"), [(80 << 30, 4 << 30), (8 << 30, LEAST_POOL)])
+def test_freed_buffers_get_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch, size: int, pool: int) -> None:
+    monkeypatch.setattr(memory_limits, "recommended_bytes", lambda: size)
+    assert pool_bytes(EngineSettings()) == pytest.approx(pool)
+    assert pool_bytes(EngineSettings(buffer_cache_limit=1 << 20)) == 1 << 20
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 30])
