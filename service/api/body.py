@@ -12,13 +12,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from email.message import Message
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
-from service.api.deps import Requires
+from service.api.deps import Requires, request_state
 from service.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_DEPTH = 32
@@ -52,8 +54,14 @@ class StrictRequest(Request):
 class StrictJSONRoute(APIRoute):
     """A route with a JSON body. FastAPI still validates it and describes it in the OpenAPI document.
 
-    The scope is checked before the body is read: FastAPI would run its dependencies afterwards.
+    The scope is checked before the body is read: FastAPI would run its dependencies afterwards. What the request holds
+    (`RequestStack`) is given back before an exception is answered, and when the request is over at the latest. As a
+    dependency that yields, the stack would cost a tenth of the request: a task group, a scope and a second stack.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as scope["state"]["stack"]:
+            await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -68,7 +76,11 @@ class StrictJSONRoute(APIRoute):
                 parsed = await asyncio.to_thread(parse, body)
             else:
                 parsed = parse(body)
-            return await handler(StrictRequest(request, parsed))
+            try:
+                return await handler(StrictRequest(request, parsed))
+            except BaseException:
+                await request_state(request)["stack"].aclose()
+                raise
 
         return strict
 

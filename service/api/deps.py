@@ -1,12 +1,12 @@
 """What routes may ask for, as annotated aliases. Everything comes from the typed lifespan state.
 
-`RequestStack` is the owner of whatever a request holds: it unwinds after the last byte was sent, after a
-disconnect and after an exception alike, so nothing else may be relied on to give a resource back.
+`RequestStack` is the owner of whatever a request holds: it unwinds when the request is over, after a disconnect and
+after an exception alike, so nothing else may be relied on to give a resource back. `StrictJSONRoute` keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
@@ -69,6 +69,8 @@ class RequestState(AppState):
     """Who is asking; absent on public paths."""
     standing: Standing
     """Its limits; absent where there is no grant."""
+    stack: AsyncExitStack
+    """What it holds; present on routes with a JSON body."""
     timeout: float | None
     """Seconds that the client waits, where it said so; present on inference routes."""
 
@@ -97,15 +99,13 @@ class Requires:
         return principal
 
 
-async def request_stack() -> AsyncIterator[AsyncExitStack]:
-    """A stack that unwinds when the request is over, whatever its end."""
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
 # Async, although nothing waits: FastAPI runs plain functions in threads, each a wait for the interpreter.
 async def _state(request: Request) -> RequestState:
     return request_state(request)
+
+
+async def _stack(request: Request) -> AsyncExitStack:
+    return request_state(request)["stack"]
 
 
 async def _engine(request: Request) -> Engine:
@@ -117,7 +117,7 @@ async def _inference(request: Request) -> Inference:
 
 
 CurrentPrincipal = Annotated[Principal, Depends(current_principal)]
-RequestStack = Annotated[AsyncExitStack, Depends(request_stack)]
+RequestStack = Annotated[AsyncExitStack, Depends(_stack)]
 StateDep = Annotated[RequestState, Depends(_state)]
 EngineDep = Annotated[Engine, Depends(_engine)]
 InferenceDep = Annotated[Inference, Depends(_inference)]

@@ -75,7 +75,8 @@ class EventStream(Response):
             alarm.off()
 
         try:
-            await while_connected(self._stream(scope, within_deadline), receive, given_up)
+            async with self._stack:
+                await while_connected(self._stream(scope, within_deadline), receive, given_up)
         except ClientGone:
             return
         finally:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from service.engine.admission import Admission, Ticket
+from service.engine.backend import StepResult
 from service.engine.expected_wait import Line, Progress, Replay
 from service.engine.jobs import Job
 from service.engine.lineup import Lineup
@@ -16,7 +17,7 @@ from service.errors import QueueFull
 class Foresight:
     """Reads the books under their `lock`, and plays them forward without it. `batch` gives the running rows.
 
-    `rates` is for the worker to teach, under the lock.
+    `rates` is for the worker to teach, under the lock; `learn` takes it.
     """
 
     def __init__(
@@ -31,6 +32,11 @@ class Foresight:
         self._lineup = lineup
         self._batch = batch
         self._lock = lock
+
+    def learn(self, result: StepResult, seconds: float) -> None:
+        """A step of the backend took `seconds`."""
+        with self._lock:
+            self.rates.step(result, seconds)
 
     def wait(self, tickets: Sequence[Ticket], now: float) -> float | None:
         """Seconds until the last of one request's rows would have its first token; None when too little is known.

@@ -47,6 +47,11 @@ class Job:
             return "decode"
         return "queue" if self.meter.prefill_at is None else "prefill"
 
+    def submitted(self, now: float, expected: float | None) -> None:
+        """It waits since `now`; the first token is `expected` after so many seconds, if that is known."""
+        self.meter.submitted_at = now
+        self.meter.expected_at = None if expected is None else now + expected
+
     def ticket(self, uid: int) -> Ticket:
         """The claim to put before admission."""
         request = self.request

@@ -39,8 +39,8 @@ MOST_SHAPES = 10_000
 class MlxBackend:
     """Drives one mlx-lm model. `clock` is a monotonic clock in seconds.
 
-    `ahead`: compute a token while the one before it is handed over; by default on a GPU. On a CPU launching waits for
-    most of the computation (mlx's scheduler takes 10 tasks), so a step would hold two tokens and hide nothing.
+    `ahead`: compute a token while the one before it is handed over; by default on a GPU, and where steps are `brief`,
+    because a CPU's launch waits for most of the computation (mlx's scheduler takes 10 tasks).
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MlxBackend:
         clock: Callable[[], float] = time.perf_counter,
         ahead: bool | None = None,
     ) -> None:
-        self._ahead = mx.default_device() == mx.Device(mx.gpu) if ahead is None else ahead
+        self._ahead = True if ahead is None and mx.default_device() == mx.Device(mx.gpu) else ahead
         self._settings = settings
         self._load = load
         self._clock = clock
@@ -116,11 +116,12 @@ class MlxBackend:
             self._next_cohort()
         load = self._load_now()
         plan = self.pacer.plan(load)
+        ahead = self.pacer.brief(*load.batches) if self._ahead is None else self._ahead
         chore = self._chore or self._next_chore()
         if chore is not None and chore.beside and load.rows and not plan.decode:
             plan = StepPlan(decode=True, launch=False)  # a turn for copies: rows need not wait for it
         if load.rows and plan.decode and (chore is None or chore.beside or self._decode.launched):
-            self._emit(result, load, ahead=self._ahead and chore is None and not load.cohort)
+            self._emit(result, load, ahead=ahead and chore is None and not load.cohort)
         if not self._work_off(began, result):
             return result
         fits = chore is None or self.pacer.chunk_fits(load, self._clock() - began)
@@ -128,7 +129,7 @@ class MlxBackend:
             self._prefill_once(self._prefill, plan.chunk, result)
             if not self._work_off(began, result):
                 return result
-        if self._ahead and plan.launch and not self._decode.launched:
+        if ahead and plan.launch and not self._decode.launched:
             self._since = self._clock()
             self._decode.launch()
         self._drop_failed(result)

@@ -27,12 +27,13 @@ from service.settings import EngineSettings
 
 Delivery = tuple[Generation, Delta]
 
+SETTLING = 0.1
+"""Seconds without work after which memory is counted once more: the last rows' next token was being computed."""
+
 
 class Worker:
-    """Serves a loaded backend until told to stop. `run` belongs to the generation thread.
-
-    After `canary_interval` seconds without work it generates a token for itself; 0: never.
-    """
+    """Serves a loaded backend until told to stop, and after `canary_interval` seconds without work (0: never) makes a
+    token for itself. `run` belongs to the generation thread."""
 
     def __init__(
         self,
@@ -79,8 +80,7 @@ class Worker:
         """
         numbered = dict(enumerate(map(self._job, generations), self._next_uid))
         tickets = [job.ticket(uid) for uid, job in numbered.items()]
-        now = self._clock()
-        expected = self._foresight.wait(tickets, now)
+        expected = self._foresight.wait(tickets, now := self._clock())
         with self._wake:
             if self._over is not None:  # the generation thread ends, and the loop does not know yet
                 raise self._over
@@ -88,8 +88,7 @@ class Worker:
             self._next_uid += len(numbered)
             self._jobs.update(numbered)
             for uid, job in numbered.items():
-                job.meter.submitted_at = now
-                job.meter.expected_at = None if expected is None else now + expected
+                job.submitted(now, expected)
                 self._uids[job.generation] = uid
             self._progress.queued()
             self._wake.notify()
@@ -98,15 +97,13 @@ class Worker:
         return [self._jobs[uid] for uid in self._admission.running_uids()]
 
     def _job(self, generation: Generation) -> Job:
-        request = generation.request
-        text = TextStream(self._info.tokenizer, request.stop, trim_space=request.trim_space)
+        text = TextStream(self._info.tokenizer, generation.request.stop, trim_space=generation.request.trim_space)
         return Job(generation, text, self._clock, self._wake, self._telemetry)
 
     def cancel(self, generation: Generation) -> None:
         """The reader has gone: out at once when it waits, else at the next step boundary."""
         with self._wake:
-            uid = self._uids.get(generation)
-            if uid is None:
+            if (uid := self._uids.get(generation)) is None:
                 return
             if self._admission.withdraw(uid):
                 self._end(uid, "cancelled", None)
@@ -195,11 +192,15 @@ class Worker:
 
     def _rest(self) -> bool:
         """Wait for something to do; True when nothing came for so long that the canary is due."""
-        while not (self._orders or self._jobs or self._backend.busy):
-            self._progress.rest()
-            if not self._wake.wait(self._canary_interval):
-                return not (self._orders or self._jobs)
-        return False
+        for patience in (SETTLING, self._canary_interval):
+            while not (self._orders or self._jobs or self._backend.busy):
+                self._progress.rest()
+                if not self._wake.wait(patience):
+                    break
+            else:
+                return False
+            self.memory = self._backend.memory()
+        return not (self._orders or self._jobs)
 
     def _plan(self, *, canary: bool) -> Plan:
         """Carry out cancels, aborts and deadlines in the books, admit who fits; the backend follows."""
@@ -242,8 +243,7 @@ class Worker:
             self._recover()
             return StepResult()
         seconds = self._clock() - began
-        with self._wake:
-            self._foresight.rates.step(result, seconds)
+        self._foresight.learn(result, seconds)
         self._telemetry.stepped(seconds, result.decode_rows)
         return result
 

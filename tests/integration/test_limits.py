@@ -119,6 +119,19 @@ async def test_a_client_with_one_place_may_ask_again_the_moment_it_has_its_answe
                 assert (await http.post("/generate", json=body)).status_code == 200, number
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_so_it_may_after_a_failure(tmp_path: Path, *, stream: bool) -> None:
+    """That is answered once everything was given back, also where the answer was to be a stream."""
+    backend = FakeBackend(failing=lambda _row: True)
+    with served(settings_for(tmp_path, {"concurrent_requests": 1}), backend) as service:
+        async with client(service) as http:
+            for number in range(100):
+                answer = await http.post("/generate", json={"prompt": "ab", "max_tokens": 2, "stream": stream})
+                assert answer.json()["error"]["code"] == "generation_failed", number
+                refused = await http.post("/generate", json={"prompt": "ab", "max_tokens": 99_999, "stream": stream})
+                assert refused.status_code == 400, number
+
+
 # What is kept -----------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from service.errors import (
     TooManyConcurrent,
     UnknownLimits,
 )
-from service.inference import Ask, Inference
+from service.inference import ENCODED_AT_ONCE, Ask, Inference
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
 from service.observability.metrics import Metrics
@@ -292,6 +292,14 @@ async def test_a_prompt_that_must_be_too_long_for_the_plan_is_not_even_encoded()
         world.inference._encoders.shutdown()
         with pytest.raises(InvalidRequest, match=r"at least \d+ tokens; your plan allows 2"):
             await world.whole(prompts=(), messages=[{"role": "user", "content": "x" * 2000}])
+
+
+async def test_a_short_prompt_needs_no_thread_and_a_long_one_is_not_encoded_on_the_loop() -> None:
+    async with running(FakeBackend()) as world:
+        world.inference._encoders.shutdown()
+        await world.whole(prompts=("x" * ENCODED_AT_ONCE,), max_tokens=1)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await world.whole(prompts=("x" * (ENCODED_AT_ONCE + 1),), max_tokens=1)
 
 
 @pytest.mark.parametrize(

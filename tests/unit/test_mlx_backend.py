@@ -108,6 +108,30 @@ def test_batched_rows_of_mixed_lengths_equal_mlx_lm_alone(backend: MlxBackend, f
     assert tokens == {uid: alone(backend, folder, prompt) for uid, prompt in enumerate(asked)}
 
 
+def test_steps_may_be_brief_or_not_from_one_to_the_next(
+    folder: Path, memory: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU what a step took decides whether the next one runs ahead."""
+    monkeypatch.setattr(mlx_backend, "measure_memory", lambda *_: memory)
+    backend, asked, rng, seen = loaded(folder), prompts(8), random.Random(4), set()
+
+    def brief(*_: tuple[int, int]) -> bool:
+        seen.add(found := rng.random() < 0.5)
+        return found
+
+    monkeypatch.setattr(backend.pacer, "brief", brief)
+    for uid, prompt in enumerate(asked[:4]):
+        backend.insert(row(uid, prompt))
+    early = [token for _ in range(12) for token in backend.step().tokens]
+    for uid, prompt in enumerate(asked[4:], 4):
+        backend.insert(row(uid, prompt))
+    late, _ = finish(backend, len(asked) - sum(token.finish_reason is not None for token in early))
+    assert seen == {False, True}
+    for uid, prompt in enumerate(asked):
+        mine = [token.token for token in early if token.uid == uid] + late.get(uid, [])
+        assert mine == alone(backend, folder, prompt)
+
+
 def test_no_two_steps_with_rows_in_a_row_bring_nothing(backend: MlxBackend) -> None:
     """What the watchdog goes by; the odd one launches a token that the next one hands over."""
     for uid, prompt in enumerate(prompts(8)):

@@ -340,6 +340,15 @@ def test_where_a_small_chunk_costs_what_a_large_one_does_the_prompt_gets_on() ->
     assert max(chunks[-4:]) >= 512
 
 
+def test_a_step_is_brief_by_what_it_was_seen_to_take() -> None:
+    found = pacer(StepCosts(decode_base=0.001, decode_row=0.0001))
+    assert found.brief((8, 100))
+    for _ in range(20):
+        found.observe_decode(0.1, (8, 100))
+    assert not found.brief((8, 100))
+    assert not found.brief((8, 100), (1, 4000))
+
+
 def test_copies_get_an_eighth_of_the_target_beside_rows_that_take_half_of_it() -> None:
     p = pacer()
     assert p.copies_until(10.0, 10.0) == 10.0 + TARGET / 2
