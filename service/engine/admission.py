@@ -71,6 +71,10 @@ class Admission:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting_of(self, principal: str) -> int:
+        """Rows of one principal that wait."""
+        return len(self._queues.get(principal, ()))
+
     @property
     def running(self) -> int:
         return len(self._running)

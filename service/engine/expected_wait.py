@@ -86,26 +86,16 @@ class Replay:
         return len(self._live) + len(self._reading)
 
     def in_time(self, tickets: Sequence[Ticket], now: float) -> float:
-        """Seconds until the last of these waiting rows, of one request, has its first token.
+        """`first_tokens` of one request's rows. Raises what `check_alone` and `in_time` raise."""
+        check_alone(tickets, now, self.pace)
+        return in_time(self.first_tokens(tickets), tickets, now)
 
-        Raises DeadlineUnreachable when that is after their deadline, and DeadlineTooShort when it would be so without
-        anybody else.
-        """
-        deadline = min((ticket.deadline for ticket in tickets if ticket.deadline is not None), default=math.inf)
-        if now + self.pace.alone(max(ticket.prompt_tokens for ticket in tickets)) > deadline:
-            raise DeadlineTooShort(
-                "Reading this prompt takes longer here than the request may. Shorten the prompt, or allow more time."
-            )
+    def first_tokens(self, tickets: Sequence[Ticket]) -> float:
+        """Seconds until the last of these waiting rows has its first token."""
         unread = {ticket.uid for ticket in tickets}
         while unread:
             unread.discard(self.advance())
-        expected = self.seconds + self.pace.decode(len(self._live))
-        if now + expected > deadline:
-            raise DeadlineUnreachable(
-                "The service is too busy to begin this request before its deadline.",
-                retry_after=now + expected - deadline,
-            )
-        return expected
+        return self.seconds + self.pace.decode(len(self._live))
 
     def until(self, condition: Callable[[Replay], bool]) -> float:
         """Seconds until `condition` holds; it must hold when nobody is left."""
@@ -156,3 +146,24 @@ class Replay:
     def _expected(self, output: int) -> float:
         """Tokens that are expected where so many may come. What has come already says nothing about the rest."""
         return max(1.0, self.pace.used * output)
+
+
+def check_alone(tickets: Sequence[Ticket], now: float, pace: Pace) -> None:
+    """Raise DeadlineTooShort when these rows would have no token before their deadline even without anybody else."""
+    if now + pace.alone(max(ticket.prompt_tokens for ticket in tickets)) > _deadline(tickets):
+        raise DeadlineTooShort(
+            "Reading this prompt takes longer here than the request may. Shorten the prompt, or allow more time."
+        )
+
+
+def in_time(expected: float, tickets: Sequence[Ticket], now: float) -> float:
+    """`expected` seconds. Raises DeadlineUnreachable when they end after the deadline of these rows."""
+    if (late := now + expected - _deadline(tickets)) > 0:
+        raise DeadlineUnreachable(
+            "The service is too busy to begin this request before its deadline.", retry_after=late
+        )
+    return expected
+
+
+def _deadline(tickets: Sequence[Ticket]) -> float:
+    return min((ticket.deadline for ticket in tickets if ticket.deadline is not None), default=math.inf)

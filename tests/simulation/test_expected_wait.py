@@ -15,6 +15,7 @@ import pytest
 from service.engine.admission import Queues, Ticket
 from service.engine.backend import StepResult
 from service.engine.expected_wait import Line, Progress, Replay
+from service.engine.foresight import Foreseen
 from service.engine.generation import Generation, Usage
 from service.engine.rates import FAMILIAR, DecodeCost, Pace, Rates
 from service.errors import DeadlineExceeded, DeadlineTooShort, DeadlineUnreachable, QueueFull, ServiceError
@@ -465,6 +466,7 @@ def test_the_wait_behind_a_long_queue_takes_two_events_a_row(monkeypatch: pytest
     last = ticket(10**6, principal="p1")
     taken = []
     for _ in range(50):
+        hand.worker._foresight._seen.clear()
         began = time.perf_counter()
         hand.worker._foresight.wait([last], hand.clock.now)
         taken.append(time.perf_counter() - began)
@@ -479,7 +481,80 @@ def test_the_wait_behind_a_long_queue_takes_two_events_a_row(monkeypatch: pytest
         return events[-1]
 
     monkeypatch.setattr(Replay, "advance", counted)
+    hand.worker._foresight._seen.clear()
     hand.worker._foresight.wait([last], hand.clock.now)
     assert rows / 2 < len(events) <= 2 * (rows + 1)
     monkeypatch.undo()
+    hand.finish()
+
+
+@pytest.mark.parametrize("principals", [1, 5])
+def test_who_joins_a_long_line_is_told_what_was_found_for_those_before(
+    monkeypatch: pytest.MonkeyPatch, principals: int
+) -> None:
+    """A replay for one in thirty, say, and hardly another answer than its own would give."""
+    hand = ByHand(TimedBackend(), max_rows=8, max_queue=2000)
+    warm(hand)
+    for number in range(640):
+        hand.submit(f"p{number % principals}", prompt=200, max_tokens=40)
+    hand.turn(20)
+    foresight, made = hand.worker._foresight, 0
+    begin = Replay.__post_init__
+
+    def counted(replay: Replay) -> None:
+        nonlocal made
+        made += 1
+        begin(replay)
+
+    monkeypatch.setattr(Replay, "__post_init__", counted)
+    foresight._seen.clear()
+    told = []
+    for number in range(200):
+        principal = f"p{number % principals}"
+        told.append(foresight.wait([ticket(10**6, principal=principal, prompt=200, output=40)], hand.clock.now))
+        hand.submit(principal, prompt=200, max_tokens=40)
+    assert made <= 200 / (640 / principals / 16) + 2 * principals
+    ours = foresight.wait([ticket(10**6, principal="p0", prompt=200, output=40)], hand.clock.now)
+    foresight._seen.clear()
+    own = foresight.wait([ticket(10**6, principal="p0", prompt=200, output=40)], hand.clock.now)
+    assert ours == pytest.approx(own, rel=0.08)
+    assert own is not None
+    assert told[0] is not None
+    assert told[0] < own, "the line has grown"
+    late = ticket(10**6, principal="p0", prompt=200, output=40, deadline=hand.clock.now + own / 2)
+    with pytest.raises(DeadlineUnreachable) as refused:
+        foresight.wait([late], hand.clock.now)
+    assert refused.value.retry_after == pytest.approx(own / 2)
+    monkeypatch.undo()
+    hand.finish()
+
+
+def test_what_a_line_said_is_forgotten_when_it_changes_or_after_a_second() -> None:
+    seen = Foreseen(at=10.0, seconds=64.0, waiting=640, mine=159)
+    assert seen.then(10.5, 640, 159) == 64.0
+    assert seen.then(10.5, 650, 169) == pytest.approx(68.0)
+    assert seen.then(10.5, 680, 159) == 64.0
+    assert seen.then(10.5, 681, 159) is None
+    assert seen.then(10.5, 599, 159) is None
+    assert seen.then(10.5, 640, 170) is None
+    assert seen.then(11.1, 640, 159) is None
+
+
+def test_a_full_queue_tells_everybody_the_same_for_a_while() -> None:
+    hand = ByHand(TimedBackend(), max_rows=2, max_queue=100)
+    warm(hand)
+    for _ in range(102):
+        hand.submit("p", prompt=50, max_tokens=20)
+    hand.turn(10)
+    found = []
+    for _ in range(3):
+        with pytest.raises(QueueFull) as full:
+            hand.worker._foresight.wait([ticket(10**6)] * 20, hand.clock.now)
+        found.append(full.value.retry_after)
+    assert found[0] == found[1] == found[2]
+    assert found[0] is not None
+    hand.worker._foresight._seen.clear()
+    with pytest.raises(QueueFull) as full:
+        hand.worker._foresight.wait([ticket(10**6)] * 20, hand.clock.now)
+    assert full.value.retry_after == found[0]
     hand.finish()
