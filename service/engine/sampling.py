@@ -110,24 +110,27 @@ class _Adjustments:
         self._repetition = _column([row.params.repetition_penalty for row in mine])
         self._presence = _column([row.params.presence_penalty for row in mine])
         self._frequency = _column([row.params.frequency_penalty for row in mine])
+        self._counted = any(row.params.presence_penalty or row.params.frequency_penalty for row in mine)
         bias = [(index, *each) for index, row in enumerate(mine) for each in row.params.logit_bias]
         self._bias = [mx.array(list(column)) for column in zip(*bias, strict=True)]
 
     def __call__(self, inputs: mx.array, logits: mx.array, logprobs: mx.array) -> mx.array:
-        """`logprobs` with those of the adjusted rows in their places."""
-        mine = _normalised(self._adjusted(inputs[self._at], logits[self._at].astype(mx.float32)))
+        """`logprobs` with the logits of the adjusted rows in their places: drawing needs no sum of one."""
+        mine = self._adjusted(inputs, logits) if self._all else self._adjusted(inputs[self._at], logits[self._at])
         if self._all:
             return mine
         logprobs[self._at] = mine
         return logprobs
 
     def _adjusted(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        logits = logits.astype(mx.float32)
         self._next_counts = counts = self._counts.at[self._index, inputs].add(self._drawn)
         generated = counts > 0
         if self._prompted is not None:
             penalised = mx.where(logits < 0, logits * self._repetition, logits / self._repetition)
             logits = mx.where(self._prompted | generated, penalised, logits)
-        logits = logits - counts * self._frequency - generated * self._presence
+        if self._counted:
+            logits = logits - counts * self._frequency - generated * self._presence
         if self._bias:
             rows, ids, values = self._bias
             logits = logits.at[rows, ids].add(values)
