@@ -35,6 +35,10 @@ def _assert_api() -> None:
 _assert_api()
 
 
+LEAST_PLANNED = 64
+"""Positions of the smallest chunk that cuDNN plans for a single prompt: fewer cost an H100 as much."""
+
+
 def cudnn_plans() -> bool:
     """Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
     return bool(mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available())
@@ -94,6 +98,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
             (self.prompt_cache,) = caches
         self.rows = list(rows)
         self._planned = (cudnn_plans() if planned is None else planned) and len(rows) == 1
+        self._even = self._planned and all(type(layer) is KVCache for layer in self.prompt_cache)
         self.unprepared = any(state.cached for state in rows)
 
     @property
@@ -117,6 +122,10 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
 
     def advance(self, count: int) -> int:
         """Prefill up to `count` tokens of every row, never its last one; returns positions computed."""
+        count = min(count, self.longest_rest - 1)
+        size = self._planned_size(count) if self._even and count else 0
+        if 0 < size < count:
+            count = size
         pieces = []
         for state in self.rows:
             taken = min(count, len(state.rest) - 1)
@@ -125,10 +134,21 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         width = max(map(len, pieces))
         if width:
             self.unprepared = self.context == 0 and not self.ready
-            self._forward(pieces, width)
+            self._forward(pieces, width, spare=max(0, size - width))
         return width * len(pieces)
 
-    def _forward(self, pieces: list[list[int]], width: int) -> None:
+    def _planned_size(self, width: int) -> int:
+        """The power of two up to which a chunk of `width` is padded; a smaller one where the buffers end before that.
+
+        For the first chunk of a size after a context cuDNN needs 50 ms on an H100. Of these sizes others have had it.
+        """
+        size = max(LEAST_PLANNED, 1 << (width - 1).bit_length())
+        keys = self.prompt_cache[0].keys
+        room = rounded(self.context + self.longest_rest) if keys is None else keys.shape[2]
+        return size if self.context + size <= room else 1 << (width.bit_length() - 1)
+
+    def _forward(self, pieces: list[list[int]], width: int, spare: int) -> None:
+        """`spare` positions of a single prompt are computed and forgotten."""
         lengths = [len(piece) for piece in pieces]
         padding = [width - length for length in lengths]
         for tokens, piece in zip(self.tokens, pieces, strict=True):
@@ -139,10 +159,13 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         cache = self.prompt_cache
         if self._planned:
             cache = [_Contiguous(layer) if type(layer) is KVCache else layer for layer in cache]
-        self.model(mx.array([p + [0] * pad for p, pad in zip(pieces, padding, strict=True)]), cache=cache)
-        if any(padding):
-            for layer in self.prompt_cache:
+        padded = [piece + [0] * (pad + spare) for piece, pad in zip(pieces, padding, strict=True)]
+        self.model(mx.array(padded), cache=cache)
+        for layer in self.prompt_cache:
+            if any(padding):
                 layer.finalize()
+            elif spare:
+                layer.trim(spare)
         mx.eval([layer.state for layer in self.prompt_cache])
 
     @property

@@ -22,7 +22,7 @@ from mlx_lm.utils import load_tokenizer
 
 from service.engine import demo_model, mlx_backend
 from service.engine.backend import Row, StepResult
-from service.engine.batches import PrefillBatch
+from service.engine.batches import LEAST_PLANNED, PrefillBatch
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.memory import MemoryModel
@@ -291,6 +291,43 @@ def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBac
         kept.append([layer.state for layer in batch.prompt_cache])
     for one, other in zip(*kept, strict=True):
         assert all(mx.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("cached", [0, 26, 300])
+@pytest.mark.parametrize("length", [2, 40, 158, 257, 640, 999])
+def test_where_cudnn_plans_chunks_have_few_sizes_and_the_prompt_is_the_same(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch, length: int, cached: int
+) -> None:
+    """Powers of two, by padding or by halves, within the buffers that the prompt needs anyway."""
+    asked, forwarded, kept = [3 + index % 250 for index in range(cached + length)], [], []
+    run = type(backend.model).__call__
+
+    def model(self: Any, inputs: mx.array, **more: Any) -> mx.array:
+        forwarded.append(inputs.shape[1])
+        return run(self, inputs, **more)
+
+    for planned in (False, True):
+        caches = backend.fresh_cache()
+        backend.model(mx.array([asked[:cached]]), cache=caches) if cached else None
+        state = backend.row_state(row(0, asked))
+        state.cached, state.rest = cached, state.rest[cached:]
+        batch = PrefillBatch(backend.model, [state], [caches], planned=planned)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(backend.model), "__call__", model)
+            forwarded.clear()
+            done = 0
+            while not batch.ready:
+                if batch.unprepared:
+                    list(batch.prepare())
+                done += batch.advance(512)
+        assert done == length - 1
+        assert batch.context == cached + length - 1
+        kept.append([(layer.keys, layer.values) for layer in batch.prompt_cache])
+        assert all(layer.keys.shape[2] <= rounded(cached + length) for layer in batch.prompt_cache)
+    assert all(size >= LEAST_PLANNED and size & (size - 1) == 0 for size in forwarded)
+    for one, other in zip(*kept, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert mx.allclose(a[:, :, : cached + length - 1], b[:, :, : cached + length - 1], atol=1e-5)
 
 
 def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(
