@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from service.engine.batches import RowState
 from service.engine.decode_groups import DecodeGroups
+from service.engine.memory import MemoryModel
 from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache, common_prefix
 
@@ -23,11 +24,11 @@ one of its cohort to decode."""
 
 @dataclass(frozen=True, slots=True)
 class CohortLimits:
-    """At most `rows`, as many as `pacer` lets decode with `load`'s, in one chunk that it lets be prefilled beside them;
-    and `positions` of whole prompts, padding included (a matter of memory)."""
+    """At most `rows`, as many as `pacer` lets decode with `load`'s, in one chunk that it lets be prefilled beside them
+    and that takes what `memory` reckons with."""
 
     rows: int
-    positions: int
+    memory: MemoryModel
     pacer: Pacer
     load: Load
 
@@ -65,7 +66,8 @@ def next_cohort(
             break
         member = found(state, prefixes, decode)
         widest = max(widest, len(state.rest) - member.cached)
-        if members and (widest * together > room or longest * together > limits.positions):
+        positions = widest * together
+        if members and (positions > room or not limits.memory.cohort_fits(positions, together, longest)):
             break
         if any(shared(state, other.state) >= member.cached + WORTH_COPYING for other in members):
             break

@@ -91,10 +91,16 @@ class MemoryModel:
         caches = rows * self.bytes_per_row * 2 + sum(self._peak_of(group, rows, longest, held) for group in self.layers)
         chunk = self.prompt.of(min(self.chunk(longest), longest), longest)
         if rows > 1:  # at least two in a cohort, so each has half of a chunk at most
-            chunk = max(
-                chunk, self.masked.of(min(self.chunk_tokens, sum(lengths)), min(self.chunk_tokens // 2, longest))
-            )
+            chunk = max(chunk, self._cohort_bytes(rows, longest))
         return caches + chunk + self.masked.of(rows, longest) + rows * self.bytes_per_logits
+
+    def _cohort_bytes(self, rows: int, longest: int) -> int:
+        return self.masked.of(min(self.chunk_tokens, rows * longest), min(self.chunk_tokens // 2, longest))
+
+    def cohort_fits(self, positions: int, rows: int, longest: int) -> bool:
+        """Whether so many positions of a cohort, padding included, take no more than `peak_bytes` reckons for a chunk.
+        What is cached of its prompts, the longest of which has `longest` tokens, is not prefilled."""
+        return self.masked.of(positions, longest) <= self._cohort_bytes(rows, longest)
 
     def chunk(self, context: int) -> int:
         """Most positions to prefill in one step after `context`: their activations take a share of the budget."""

@@ -144,7 +144,7 @@ class MlxBackend:
     def _next_cohort(self) -> None:
         """Begin with the next prompts, unless the rows that decode leave no time for one more."""
         most = min(self._settings.engine.max_prefill_rows, self.max_rows)
-        limits = CohortLimits(most, self.info.memory.chunk_tokens, self.pacer, self._load_now())
+        limits = CohortLimits(most, self.info.memory, self.pacer, self._load_now())
         members = next_cohort(self._waiting, self._prefixes, self._decode, limits)
         if any(member.source for member in members):
             self._forming = members

@@ -284,7 +284,7 @@ def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBac
     """As on CUDA, where cuDNN plans for each stride."""
     kept = []
     for planned in (False, True):
-        state = backend.row_state(row(0, [3 + index % 250 for index in range(700)]))
+        state = backend.row_state(row(0, [3 + index % 250 for index in range(769)]))
         batch = PrefillBatch(backend.model, [state], [backend.fresh_cache()], planned=planned)
         while not batch.ready:
             batch.advance(256)
@@ -344,6 +344,22 @@ def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(
     finish(backend, 1)
     assert lessons == [False] * chunks + [True] * chunks
     assert chunks > 0
+
+
+def test_prompts_of_which_little_is_not_cached_are_prefilled_together(backend: MlxBackend, folder: Path) -> None:
+    """Eight of 900 tokens with 20 new ones each: a chunk's memory is that of what is new."""
+    shared = [3 + index % 250 for index in range(880)]
+    backend.insert(row(100, shared))
+    finish(backend, 1)
+    while backend.busy:
+        backend.step()
+    asked = {uid: [*shared, *(5 + (uid + index) % 250 for index in range(20))] for uid in range(8)}
+    for uid, prompt in asked.items():
+        backend.insert(row(uid, prompt))
+    tokens, results = finish(backend, 8)
+    assert [result.prefill_tokens for result in results if result.prefill_tokens] == [8 * 19]
+    for uid, prompt in asked.items():
+        assert tokens[uid] == alone(backend, folder, prompt)
 
 
 def test_a_long_row_does_not_pad_the_short_ones(backend: MlxBackend, folder: Path) -> None:
