@@ -76,11 +76,11 @@ class StrictJSONRoute(APIRoute):
                 parsed = await asyncio.to_thread(parse, body)
             else:
                 parsed = parse(body)
-            try:
-                return await handler(StrictRequest(request, parsed))
-            except BaseException:
-                await request_state(request)["stack"].aclose()
-                raise
+            async with AsyncExitStack() as unanswered:
+                unanswered.push_async_callback(request_state(request)["stack"].aclose)
+                response = await handler(StrictRequest(request, parsed))
+                unanswered.pop_all()
+            return response
 
         return strict
 

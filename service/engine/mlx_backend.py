@@ -138,8 +138,7 @@ class MlxBackend:
     @property
     def busy(self) -> bool:
         """Whether copies are left to make: a step is due although no row may be waiting for it."""
-        leaving = any(state.leaving for state in self._decode.rows)
-        return leaving or self._chore is not None or bool(self._forming)
+        return self._chore is not None or bool(self._forming) or any(state.leaving for state in self._decode.rows)
 
     def _next_cohort(self) -> None:
         """Begin with the next prompts, unless the rows that decode leave no time for one more."""
