@@ -51,8 +51,8 @@ def test_the_limit_is_what_the_service_means_to_use_and_headroom(tiny_model_dir:
     assert memory_limit_now() == pytest.approx(1.05 * (100.5 * (1 << 30)), rel=0.001)
 
 
-@pytest.mark.parametrize(("size", "pool"), [(80 << 30, 4 << 30), (8 << 30, LEAST_POOL)])
-def test_freed_buffers_get_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch, size: int, pool: int) -> None:
+@pytest.mark.parametrize(("size", "pool"), [(80 << 30, 4 << 30), (8 << 30, LEAST_POOL), (None, LEAST_POOL)])
+def test_freed_buffers_get_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch, size: int | None, pool: int) -> None:
     monkeypatch.setattr(memory_limits, "recommended_bytes", lambda: size)
     assert pool_bytes(EngineSettings()) == pytest.approx(pool)
     assert pool_bytes(EngineSettings(buffer_cache_limit=1 << 20)) == 1 << 20
