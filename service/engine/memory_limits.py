@@ -18,9 +18,9 @@ LEAST_HEADROOM = 256 * 1024 * 1024
 """Bytes, or a share of the rest if that is more, for what no estimate has: code of kernels, small buffers, rounding."""
 
 POOL_SHARE = 1 / 16
-"""Of a GPU's working set, for freed buffers. What a chunk of prompts freed is of other sizes than what decoding takes, and
-where they do not fit side by side each step gives buffers back to the device, which waits for it to be idle: on an H100
-with 512 MiB steps of 32 rows took 5 to 40 ms by turns, with 4 GiB 19.5, 2 % less in the mean (2 to 4 % with 64 rows)."""
+"""Of a GPU's working set, for freed buffers. What a chunk of prompts freed is of other sizes than what decoding takes.
+Where they do not fit side by side, steps give buffers back to the device, which waits for it to be idle: on an H100,
+with 512 MiB, those of 32 rows took 5 to 40 ms by turns; with 4 GiB 19.5, 2 % less in the mean (64 rows: 2 to 4 %)."""
 LEAST_POOL = 512 * 1024 * 1024
 
 
