@@ -170,8 +170,8 @@ class Pacer:
         return self._decode.of(*self._decode_parts(batches))
 
     def brief(self, *batches: tuple[int, int]) -> bool:
-        """Whether a step of these batches is so short that it might as well hold two."""
-        return self.decode_seconds(*batches) <= BRIEF * self.target
+        """Whether a step of these batches is so short that it might as well hold two. Of none it is not known."""
+        return bool(batches) and self.decode_seconds(*batches) <= BRIEF * self.target
 
     def prefill_seconds(self, positions: int, context: int) -> float:
         """Planned seconds to prefill `positions` after `context` tokens."""

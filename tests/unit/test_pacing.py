@@ -343,6 +343,7 @@ def test_where_a_small_chunk_costs_what_a_large_one_does_the_prompt_gets_on() ->
 def test_a_step_is_brief_by_what_it_was_seen_to_take() -> None:
     found = pacer(StepCosts(decode_base=0.001, decode_row=0.0001))
     assert found.brief((8, 100))
+    assert not found.brief(), "who joins in this step may take long"
     for _ in range(20):
         found.observe_decode(0.1, (8, 100))
     assert not found.brief((8, 100))
