@@ -26,7 +26,10 @@ FRESH = 1.0
 
 
 class Foreseen(NamedTuple):
-    """What a replay said `at` a time, while so many rows were `waiting`, of which so many were `mine`."""
+    """What a replay said `at` a time, while so many rows were `waiting`, of which so many were `mine`.
+
+    `seconds` are those before one's own prompt is read.
+    """
 
     at: float
     seconds: float
@@ -87,8 +90,12 @@ class Foresight:
         if pace is None:
             return None
         check_alone(tickets, now, pace)
+        own = pace.alone(max(ticket.prompt_tokens for ticket in tickets))
         if outlook is not None:
-            expected = self._remember(principal, now, outlook.first_tokens(tickets), line)
+            expected = outlook.first_tokens(tickets)
+            self._remember(principal, now, max(0.0, expected - own), line)
+        elif expected is not None:
+            expected += own
         return None if expected is None else in_time(expected, tickets, now)
 
     def _room(self, rows: int, now: float) -> float | None:

@@ -116,10 +116,9 @@ class _Adjustments:
 
     def __call__(self, inputs: mx.array, logits: mx.array, logprobs: mx.array) -> mx.array:
         """`logprobs` with the logits of the adjusted rows in their places: drawing needs no sum of one."""
-        mine = self._adjusted(inputs, logits) if self._all else self._adjusted(inputs[self._at], logits[self._at])
         if self._all:
-            return mine
-        logprobs[self._at] = mine
+            return self._adjusted(inputs, logits)
+        logprobs[self._at] = self._adjusted(inputs[self._at], logits[self._at])
         return logprobs
 
     def _adjusted(self, inputs: mx.array, logits: mx.array) -> mx.array:

@@ -521,6 +521,13 @@ def test_who_joins_a_long_line_is_told_what_was_found_for_those_before(
     assert own is not None
     assert told[0] is not None
     assert told[0] < own, "the line has grown"
+    foresight._seen.clear()
+    foresight.wait([ticket(10**6, principal="p0", prompt=1, output=40)], hand.clock.now)
+    long = ticket(10**6, principal="p0", prompt=2000, output=40)
+    ours = foresight.wait([long], hand.clock.now)
+    foresight._seen.clear()
+    assert ours == pytest.approx(foresight.wait([long], hand.clock.now), rel=0.08), "its own prompt counts"
+    foresight._seen.clear()
     late = ticket(10**6, principal="p0", prompt=200, output=40, deadline=hand.clock.now + own / 2)
     with pytest.raises(DeadlineUnreachable) as refused:
         foresight.wait([late], hand.clock.now)
