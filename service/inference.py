@@ -16,6 +16,7 @@ from service.auth.principal import Principal
 from service.engine.backend import ModelInfo
 from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest, SamplingParams
+from service.engine.tokenizer import SHORT
 from service.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
@@ -25,10 +26,6 @@ from service.storage.usage import UsageRow
 
 ENCODER_THREADS = 2
 """Encoding releases the GIL; two threads keep one huge prompt from delaying everybody's short ones."""
-
-ENCODED_AT_ONCE = 1024
-"""Characters of a prompt that is encoded on the event loop: at most 0.3 ms, where asking a thread takes 0.1 at rest and
-a wait for the interpreter beside a busy generation thread."""
 
 MESSAGE = 32
 """Characters that a message counts as beside its content: the template's part of it."""
@@ -237,7 +234,7 @@ class Inference:
 
     async def _encoded(self, encode: Callable[[], Sequence[int]], size: int) -> tuple[int, ...]:
         """Tokens of a prompt of about `size` characters, made off the loop unless it is short."""
-        if size <= ENCODED_AT_ONCE:
+        if size <= SHORT:
             return tuple(encode())
         return tuple(await asyncio.get_running_loop().run_in_executor(self._encoders, encode))
 

@@ -30,7 +30,11 @@ class Peppers:
 
     def __init__(self, path: Path, secrets_by_version: Mapping[int, bytes]) -> None:
         self._path = path
-        self._secrets = MappingProxyType(dict(secrets_by_version))
+        self._take(secrets_by_version)
+
+    def _take(self, secrets_by_version: Mapping[int, bytes]) -> None:
+        self._keyed = {version: hmac.new(secret, digestmod="sha256") for version, secret in secrets_by_version.items()}
+        self._secrets = MappingProxyType(dict(secrets_by_version))  # `current` is known by now
 
     @classmethod
     def open(cls, path: Path, random: Callable[[int], bytes] = secrets.token_bytes) -> Self:
@@ -57,12 +61,14 @@ class Peppers:
 
     def digest(self, version: int, text: str) -> bytes:
         """The 32 bytes that are stored instead of a key. Raises KeyError for a version that is not known."""
-        return hmac.digest(self._secrets[version], text.encode("ascii"), "sha256")
+        keyed = self._keyed[version].copy()  # hmac.digest lets go of the interpreter, and may wait to have it back
+        keyed.update(text.encode("ascii"))
+        return keyed.digest()
 
     def reload(self) -> None:
         """Read the file again. Raises ConfigurationError, also when it is gone; what was known then stays."""
         try:
-            self._secrets = MappingProxyType(_read(self._path))
+            self._take(_read(self._path))
         except FileNotFoundError:
             raise ConfigurationError(f"{self._path}: the file of the peppers is gone") from None
 

@@ -155,7 +155,7 @@ class _Draws:
         params = [row.params for row in rows]
         self.keys = mx.stack([row.key() for row in rows])
         """(rows, 2): of the next draw."""
-        self._greedy = _column([each.temperature == 0 for each in params])
+        self._greedy = mx.array([each.temperature == 0 for each in params])
         self._scale = _column([1 / each.temperature if each.temperature else 1.0 for each in params])
         widths = [each.top_k if 0 < each.top_k < vocab_size else vocab_size for each in params]
         self._above = _column([vocab_size - width for width in widths]) if min(widths) < vocab_size else None
@@ -167,9 +167,11 @@ class _Draws:
     def __call__(self, logprobs: mx.array) -> mx.array:
         """One token a row, from float32 log-probabilities (rows, vocabulary)."""
         logits = self._cut(logprobs * self._scale)
-        width = logits.shape[-1]
-        noise = mx.vmap(lambda key: mx.random.gumbel((width,), key=key))(self.keys)
-        return mx.argmax(logits + mx.where(self._greedy, 0.0, noise), axis=-1)
+        shares = mx.softmax(logits, axis=-1)
+        reached = mx.where(shares > 0, mx.cumsum(shares, axis=-1), 0.0)  # a parallel sum may step at a share of 0
+        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self.keys)
+        drawn = mx.argmax(reached > uniform * reached.max(axis=-1, keepdims=True), axis=-1)  # the first of them
+        return mx.where(self._greedy, mx.argmax(logits, axis=-1), drawn)
 
     def advance(self) -> None:
         """The keys of the last call are used up."""

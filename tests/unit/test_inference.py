@@ -20,6 +20,7 @@ from service.engine.backend import Row, StepResult
 from service.engine.engine import Engine, EngineState
 from service.engine.generation import Generation, SamplingParams
 from service.engine.telemetry import Telemetry
+from service.engine.tokenizer import SHORT
 from service.errors import (
     CredentialRevoked,
     GenerationFailed,
@@ -30,7 +31,7 @@ from service.errors import (
     TooManyConcurrent,
     UnknownLimits,
 )
-from service.inference import ENCODED_AT_ONCE, Ask, Inference
+from service.inference import Ask, Inference
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
 from service.observability.metrics import Metrics
@@ -297,9 +298,9 @@ async def test_a_prompt_that_must_be_too_long_for_the_plan_is_not_even_encoded()
 async def test_a_short_prompt_needs_no_thread_and_a_long_one_is_not_encoded_on_the_loop() -> None:
     async with running(FakeBackend()) as world:
         world.inference._encoders.shutdown()
-        await world.whole(prompts=("x" * ENCODED_AT_ONCE,), max_tokens=1)
+        await world.whole(prompts=("x" * SHORT,), max_tokens=1)
         with pytest.raises(RuntimeError, match="after shutdown"):
-            await world.whole(prompts=("x" * (ENCODED_AT_ONCE + 1),), max_tokens=1)
+            await world.whole(prompts=("x" * (SHORT + 1),), max_tokens=1)
 
 
 @pytest.mark.parametrize(
