@@ -54,9 +54,9 @@ class StrictRequest(Request):
 class StrictJSONRoute(APIRoute):
     """A route with a JSON body. FastAPI still validates it and describes it in the OpenAPI document.
 
-    The scope is checked before the body is read: FastAPI would run its dependencies afterwards. What the request holds
-    (`RequestStack`) is given back before an exception is answered, and when the request is over at the latest. As a
-    dependency that yields, the stack would cost a tenth of the request: a task group, a scope and a second stack.
+    The scope is checked before the body is read: FastAPI would run its dependencies afterwards. What the request
+    holds (its state's `stack`) is given back before an exception is answered, and when the request is over at the latest.
+    As a dependency that yields, the stack would cost a tenth of the request: a task group, a scope and a second stack.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +92,8 @@ def check_media_type(content_type: str | None, content_encoding: str | None) -> 
     """
     if content_encoding is not None and content_encoding.strip().lower() != "identity":
         raise UnsupportedMediaType("Compressed request bodies are not accepted.", code="unsupported_content_encoding")
+    if content_type == "application/json":
+        return
     header = Message()
     header["content-type"] = content_type or ""
     charset = header.get_content_charset("utf-8")

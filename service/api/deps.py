@@ -1,7 +1,8 @@
-"""What routes may ask for, as annotated aliases. Everything comes from the typed lifespan state.
+"""What routes may ask for: the typed state of their request, and who is asking. Each thing that FastAPI looks up for a
+route costs every request 20 microseconds, so there are few.
 
-`RequestStack` is the owner of whatever a request holds: it unwinds when the request is over, after a disconnect and
-after an exception alike, so nothing else may be relied on to give a resource back. `StrictJSONRoute` keeps it.
+The state's `stack` is the owner of whatever a request holds: it unwinds when the request is over, after a disconnect
+and after an exception alike, so nothing else may be relied on to give a resource back. `StrictJSONRoute` keeps it.
 """
 
 from __future__ import annotations
@@ -104,20 +105,5 @@ async def _state(request: Request) -> RequestState:
     return request_state(request)
 
 
-async def _stack(request: Request) -> AsyncExitStack:
-    return request_state(request)["stack"]
-
-
-async def _engine(request: Request) -> Engine:
-    return request_state(request)["engine"]
-
-
-async def _inference(request: Request) -> Inference:
-    return request_state(request)["inference"]
-
-
 CurrentPrincipal = Annotated[Principal, Depends(current_principal)]
-RequestStack = Annotated[AsyncExitStack, Depends(_stack)]
 StateDep = Annotated[RequestState, Depends(_state)]
-EngineDep = Annotated[Engine, Depends(_engine)]
-InferenceDep = Annotated[Inference, Depends(_inference)]

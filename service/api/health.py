@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from service.api.deps import EngineDep, RequestState, StateDep
+from service.api.deps import RequestState, StateDep
 from service.api.routes import get_and_head
 from service.engine.engine import Engine, EngineState, EngineStatus
 
@@ -58,8 +58,9 @@ def reasons(state: RequestState, status: EngineStatus) -> list[str]:
     return found
 
 
-async def health(engine: EngineDep, state: StateDep) -> Response:
+async def health(state: StateDep) -> Response:
     """200 when requests would be served, else 503 with the same two fields."""
+    engine = state["engine"]
     status = engine.status()
     ready = not reasons(state, status)
     waiting_for = "stalled" if stuck(state, status) else "storage"
@@ -73,8 +74,9 @@ async def livez() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def readyz(engine: EngineDep, state: StateDep) -> Response:
+async def readyz(state: StateDep) -> Response:
     """The engine's state, and what keeps the service from being ready."""
+    engine = state["engine"]
     status = engine.status()
     why_not = reasons(state, status)
     body: Readiness = {

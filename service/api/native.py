@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from service.api.answer import Choice, note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
+from service.api.deps import Requires, StateDep
 from service.api.openai.schemas import SamplingFields
 from service.api.openai.unsupported import check_max_tokens
 from service.api.routes import refusals
@@ -85,10 +85,9 @@ class GenerateShape:
         }
 
 
-async def generate(
-    body: GenerateRequest, principal: CurrentPrincipal, inference: InferenceDep, stack: RequestStack, state: StateDep
-) -> Response:
+async def generate(body: GenerateRequest, state: StateDep) -> Response:
     """One row, the first `max_tokens` of which are the answer."""
+    inference, principal = state["inference"], state["grant"].principal
     check_max_tokens(body.max_tokens, state["settings"].engine)
     ask = Ask(
         request_id=state["request_id"],
@@ -105,9 +104,9 @@ async def generate(
         trim_space=True,  # the text is the one of mlx-lm's `generate`
         sampling=body.sampling(),
     )
-    generations = await inference.start(ask, principal, stack)
+    generations = await inference.start(ask, principal, state["stack"])
     shape = GenerateShape(request_id=state["request_id"], model=inference.resolve_model(None, principal))
-    return respond(generations, shape, stream=body.stream is True, state=state, stack=stack)
+    return respond(generations, shape, stream=body.stream is True, state=state)
 
 
 def build_router() -> APIRouter:

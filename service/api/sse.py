@@ -107,9 +107,7 @@ async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def respond(
-    generations: Sequence[Generation], shape: Shape, *, stream: bool, state: RequestState, stack: AsyncExitStack
-) -> Response:
+def respond(generations: Sequence[Generation], shape: Shape, *, stream: bool, state: RequestState) -> Response:
     """The answer over `generations`, streamed or whole. `stack` already owns the generations.
 
     Raises CredentialRevoked when the credential was revoked since it was verified; later that ends the answer.
@@ -119,7 +117,7 @@ def respond(
         for generation in generations:
             generation.fail(error)
 
-    limits = state["settings"].http
+    limits, stack = state["settings"].http, state["stack"]
     deltas = Deltas(generations, limits.stream_keepalive if stream else None)
     stack.enter_context(state["access"].running.watching(state["grant"], end))
     stack.push_async_callback(deltas.close)

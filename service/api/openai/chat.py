@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Response
 from service.api.answer import note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
+from service.api.deps import Requires, StateDep
 from service.api.openai.messages import plain_messages
 from service.api.openai.schemas import ChatCompletion, ChatRequest
 from service.api.openai.unsupported import check_chat
@@ -21,10 +21,9 @@ from service.errors import ContextLengthExceeded
 from service.inference import Ask
 
 
-async def chat_completions(
-    body: ChatRequest, principal: CurrentPrincipal, inference: InferenceDep, stack: RequestStack, state: StateDep
-) -> Response:
+async def chat_completions(body: ChatRequest, state: StateDep) -> Response:
     """`n` rows that continue one conversation."""
+    inference, principal = state["inference"], state["grant"].principal
     limits = state["settings"].engine
     check_chat(body, limits)
     model = inference.resolve_model(body.model, principal)
@@ -45,7 +44,7 @@ async def chat_completions(
         sampling=body.sampling(),
     )
     try:
-        generations = await inference.start(ask, principal, stack)
+        generations = await inference.start(ask, principal, state["stack"])
     except ContextLengthExceeded as error:
         error.param = "messages"  # what this route calls the prompt
         raise
@@ -57,7 +56,7 @@ async def chat_completions(
         rows_per_prompt=rows,
         include_usage=body.include_usage,
     )
-    return respond(generations, ChatShape(head), stream=body.stream is True, state=state, stack=stack)
+    return respond(generations, ChatShape(head), stream=body.stream is True, state=state)
 
 
 def build_router() -> APIRouter:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Response
 from service.api.answer import note_record
 from service.api.body import StrictJSONRoute
 from service.api.deadline import client_timeout
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestStack, Requires, StateDep
+from service.api.deps import Requires, StateDep
 from service.api.openai.schemas import Completion, CompletionRequest
 from service.api.openai.unsupported import check_completion
 from service.api.openai.wire import Head, TextShape
@@ -21,10 +21,9 @@ from service.errors import InvalidRequest
 from service.inference import Ask
 
 
-async def completions(
-    body: CompletionRequest, principal: CurrentPrincipal, inference: InferenceDep, stack: RequestStack, state: StateDep
-) -> Response:
+async def completions(body: CompletionRequest, state: StateDep) -> Response:
     """`n` rows for each prompt; choice `i` continues prompt `i // n`."""
+    inference, principal = state["inference"], state["grant"].principal
     limits = state["settings"].engine
     check_completion(body, limits)
     model = inference.resolve_model(body.model, principal)
@@ -49,7 +48,7 @@ async def completions(
         stop=body.stops(),
         sampling=body.sampling(),
     )
-    generations = await inference.start(ask, principal, stack)
+    generations = await inference.start(ask, principal, state["stack"])
     head = Head(
         id=f"cmpl-{state['new_id']()}",
         created=int(state["now"]()),
@@ -58,7 +57,7 @@ async def completions(
         rows_per_prompt=rows,
         include_usage=body.include_usage,
     )
-    return respond(generations, TextShape(head), stream=body.stream is True, state=state, stack=stack)
+    return respond(generations, TextShape(head), stream=body.stream is True, state=state)
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | Sequence[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends
 
-from service.api.deps import CurrentPrincipal, InferenceDep, RequestState, Requires, StateDep
+from service.api.deps import CurrentPrincipal, RequestState, Requires, StateDep
 from service.api.openai.schemas import Model, ModelList
 from service.api.routes import get_and_head
 from service.auth.principal import Scope
@@ -21,14 +21,14 @@ def _model(name: str, state: RequestState) -> Model:
     }
 
 
-async def list_models(principal: CurrentPrincipal, inference: InferenceDep, state: StateDep) -> ModelList:
+async def list_models(principal: CurrentPrincipal, state: StateDep) -> ModelList:
     """One entry for the model's own name and for each alias, as far as the principal may use them."""
-    return {"object": "list", "data": [_model(name, state) for name in inference.models_of(principal)]}
+    return {"object": "list", "data": [_model(name, state) for name in state["inference"].models_of(principal)]}
 
 
-async def retrieve_model(model_id: str, principal: CurrentPrincipal, inference: InferenceDep, state: StateDep) -> Model:
+async def retrieve_model(model_id: str, principal: CurrentPrincipal, state: StateDep) -> Model:
     """The bare object; 404 for any other name."""
-    inference.resolve_model(model_id, principal)  # raises NotFound
+    state["inference"].resolve_model(model_id, principal)  # raises NotFound
     return _model(model_id, state)
 
 
