@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # these need an extra
     from service.observability.otlp import OpenTelemetry
     from service.observability.tracing import Tracing
 
-INFERENCE = (native, chat, completions)
+INFERENCE = (chat, completions, native)
 
 
 def new_id() -> str:
@@ -277,7 +277,7 @@ def _assemble(state: AppState, running: AbstractAsyncContextManager[object], mid
         ),
     )
     state["errors"].install(app)
-    for part in (health, *INFERENCE, models, metrics_route, admin, operations, drain, status, usage):
+    for part in (*INFERENCE, health, models, metrics_route, admin, operations, drain, status, usage):
         app.include_router(part.build_router())
     app.include_router(docs.build_router(app))
     return app

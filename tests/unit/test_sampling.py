@@ -129,6 +129,26 @@ def test_sampling_follows_the_distribution() -> None:
     assert np.allclose(drawn[:3], [0.5, 0.3, 0.2], atol=0.05)
 
 
+def test_every_token_has_its_share_of_a_large_vocabulary() -> None:
+    """Chi squared over 500 tokens of unlike shares: 0.999 of right samplers stay below the bound."""
+    shares = np.linspace(1, 3, 500) / 1000
+    row = mx.broadcast_to(mx.log(mx.array(shares)), (20_000, 500))
+    rows = [RowSampling(SamplingParams(temperature=1.0, seed=seed)) for seed in range(20_000)]
+    drawn = np.bincount(Sampling(rows, 500)(mx.zeros(20_000), row).tolist(), minlength=500)
+    assert ((drawn - shares * 20_000) ** 2 / (shares * 20_000)).sum() < 602
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 17), (0.49, 17), (0.51, 49_999), (1 - 2**-24, 49_999)])
+def test_a_draw_at_the_edges_of_the_sum_is_of_what_was_kept(
+    uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60,000 tokens two are kept, of equal shares; sums of the others' zeros come before, between and after."""
+    monkeypatch.setattr(mx.random, "uniform", lambda shape, key: mx.full(shape, uniform) + 0 * key.sum())
+    row = mx.random.normal((1, 60_000), key=mx.random.key(1))
+    row[0, 17] = row[0, 49_999] = 9.0
+    assert draw(SamplingParams(temperature=1.0, top_k=2, seed=0), row) == [expected]
+
+
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
     out = after(params, [2, 2, 3], logits(1, 1, 1, 1), prompt=(1, 0))
