@@ -1,6 +1,7 @@
 """The life of the process in this one: signals by hand, real sockets, an engine that only pretends."""
 
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -97,6 +98,26 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
 
     monkeypatch.setattr(life, "FLUSH_TIMEOUT", 0)
     assert asyncio.run(scenario()) == (0, [130])
+
+
+async def test_collections_do_not_visit_what_has_been_loaded(in_process: Build) -> None:
+    gc.unfreeze()  # other tests' processes
+    loaded: list[object] = []
+    engine = FakeEngine()
+    process = in_process(engine, leave=lambda _: None)
+    running = asyncio.create_task(process.run())
+    try:
+        async with asyncio.timeout(10):
+            while not gc.get_freeze_count():
+                await asyncio.sleep(0)
+        later: list[object] = []
+        visited = set(map(id, gc.get_objects()))
+        assert id(loaded) not in visited
+        assert id(later) in visited
+    finally:
+        process._on_signal(signal.SIGTERM)
+        await running
+        gc.unfreeze()
 
 
 class Recorded(FakeEngine):
