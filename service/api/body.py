@@ -55,8 +55,9 @@ class StrictJSONRoute(APIRoute):
     """A route with a JSON body. FastAPI still validates it and describes it in the OpenAPI document.
 
     The scope is checked before the body is read: FastAPI would run its dependencies afterwards. What the request
-    holds (its state's `stack`) is given back before an exception is answered, and when the request is over at the latest.
-    As a dependency that yields, the stack would cost a tenth of the request: a task group, a scope and a second stack.
+    holds (its state's `stack`) is given back before an exception is answered, and at the latest when the request is
+    over. As a dependency that yields, the stack would cost a tenth of the request: a task group, a scope and a second
+    stack.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
