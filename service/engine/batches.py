@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import PromptProcessingBatch
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
 
 from service.engine.backend import Row
 from service.engine.row_cache import resized, rounded
@@ -42,6 +42,14 @@ LEAST_PLANNED = 64
 def cudnn_plans() -> bool:
     """Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
     return bool(mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available())
+
+
+def trim_plain(cache: list[Any], tokens: int) -> bool:
+    """Forget a prompt's newest `tokens`; False where a layer is not of the kind for which cuDNN plans."""
+    plain = all(type(layer) is KVCache for layer in cache)
+    if plain:
+        trim_prompt_cache(cache, tokens)
+    return plain
 
 
 @dataclass(slots=True)
@@ -143,6 +151,8 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         For the first chunk of a size after a context cuDNN needs 50 ms on an H100. Of these sizes others have had it.
         """
         size = max(LEAST_PLANNED, 1 << (width - 1).bit_length())
+        if (least := self.context & -self.context) >= LEAST_PLANNED:  # chunks of a size begin at its multiples
+            size = min(size, least)
         keys = self.prompt_cache[0].keys
         room = rounded(self.context + self.longest_rest) if keys is None else keys.shape[2]
         return size if self.context + size <= room else 1 << (width.bit_length() - 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from service.engine.batches import RowState
+from service.engine.batches import LEAST_PLANNED, RowState, cudnn_plans, trim_plain
 from service.engine.decode_groups import DecodeGroups
 from service.engine.memory import MemoryModel
 from service.engine.pacing import Load, Pacer
@@ -20,6 +20,9 @@ from service.engine.prefix_cache import PrefixCache, common_prefix
 WORTH_COPYING = 64
 """Tokens more than the prefix cache has, from which on a prompt takes its prefix from a row that decodes, or waits for
 one of its cohort to decode."""
+
+LARGEST_STEP = 2048
+"""Multiples of which prompts begin at most, where that is of use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ def next_cohort(
             break
         waiting.popleft()
         members.append(member)
-    return members
+    return [evened(member) for member in members] if cudnn_plans() and len(members) == 1 else members
 
 
 def found(state: RowState, prefixes: PrefixCache, decode: DecodeGroups | None) -> Member:
@@ -84,6 +87,22 @@ def found(state: RowState, prefixes: PrefixCache, decode: DecodeGroups | None) -
         if length >= cached + WORTH_COPYING:
             return Member(state, None, length, source)
     return Member(state, cache, cached)
+
+
+def evened(member: Member) -> Member:
+    """A single prompt with as much less of its prefix that it begins where others began.
+
+    That is a multiple of a power of two, for which up to a sixteenth more is prefilled, or as much as the least chunk
+    is padded: for a chunk that begins elsewhere cuDNN makes a plan, which takes longer.
+    """
+    state, cache, cached, source = member
+    most, step = max(LEAST_PLANNED - 1, (len(state.row.prompt) - cached) // 16), LEAST_PLANNED
+    while step < LARGEST_STEP and cached % (2 * step) <= most:
+        step *= 2
+    less = cached % step
+    if cache is not None and not trim_plain(cache, less):
+        return member
+    return Member(state, None, 0) if less == cached else Member(state, cache, cached - less, source)
 
 
 def copy_prefixes(members: list[Member], decode: DecodeGroups, prefixes: PrefixCache) -> Iterator[None]:

@@ -35,7 +35,8 @@ class RowSampling:
     ) -> None:
         self.params = params
         self.adjusted = adjusts(params)
-        seed = entropy(SEED_BITS) if params.seed is None else params.seed
+        unseeded = params.seed is None and params.temperature  # to ask the system takes time, and greedy rows need none
+        seed = entropy(SEED_BITS) if unseeded else params.seed or 0
         self._seed = seed & (1 << SEED_BITS) - 1
         self._prompt = prompt if params.repetition_penalty != 1 else ()
         self.generated = False

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import llama
-from mlx_lm.models.cache import ConcatenateKVCache
+from mlx_lm.models.cache import ConcatenateKVCache, RotatingKVCache
 from mlx_lm.utils import load_tokenizer
 
-from service.engine import demo_model, mlx_backend
+from service.engine import batches, cohorts, demo_model, mlx_backend, warmup
 from service.engine.backend import Row, StepResult
-from service.engine.batches import LEAST_PLANNED, PrefillBatch
+from service.engine.batches import LEAST_PLANNED, PrefillBatch, trim_plain
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.memory import MemoryModel
@@ -291,6 +291,83 @@ def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBac
         kept.append([layer.state for layer in batch.prompt_cache])
     for one, other in zip(*kept, strict=True):
         assert all(mx.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class Forwarded(list[tuple[int, int]]):
+    """(context, positions) of each forward pass of a model; `as_on_cuda`: chunks are those that cuDNN plans for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, backend: MlxBackend) -> None:
+        super().__init__()
+        run = type(backend.model).__call__
+
+        def model(itself: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
+            self.append((int(mx.array(cache[0].offset).max()), inputs.shape[1]))
+            return run(itself, inputs, cache=cache)
+
+        patch.setattr(type(backend.model), "__call__", model)
+        for module in (batches, cohorts, warmup):
+            patch.setattr(module, "cudnn_plans", lambda: True)
+
+
+def test_where_cudnn_plans_chunks_begin_at_multiples_of_their_sizes(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = backend.row_state(row(0, [3 + index % 250 for index in range(2000)]))
+    with monkeypatch.context() as patch:
+        forwarded = Forwarded(patch, backend)
+        batch = PrefillBatch(backend.model, [state], [backend.fresh_cache()])
+        batch.advance(64)
+        list(batch.prepare())
+        while not batch.ready:
+            batch.advance(512)
+    assert forwarded == [(0, 64), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 512), (1536, 512)]
+
+
+@pytest.mark.parametrize(
+    ("common", "length", "expected"),
+    [(25, 200, 0), (25, 1200, 0), (200, 230, 192), (700, 720, 640), (700, 2000, 640), (130, 2000, 128), (576, 640, 576)],
+)
+def test_where_cudnn_plans_a_prefix_is_used_up_to_where_others_began(
+    backend: MlxBackend, folder: Path, monkeypatch: pytest.MonkeyPatch, common: int, length: int, expected: int
+) -> None:
+    """From the prefix cache, and from a row that decodes."""
+    rng = random.Random(common)
+    base = [rng.randrange(3, 259) for _ in range(common)]
+    asked = [*base, *([3] * (length - common))]
+    for decoding in (False, True):
+        cached: dict[int, int] = {}
+        backend.rebuild()
+        with monkeypatch.context() as patch:
+            Forwarded(patch, backend)
+            backend.insert(row(0, [*base, 9], max_tokens=100 if decoding else 1))
+            finish(backend, 1) if not decoding else [backend.step() for _ in range(20)]
+            backend.insert(replace(row(1, asked), on_prefill=partial(cached.__setitem__, 1)))
+            tokens, _ = finish(backend, 1 + decoding)
+        assert cached == {1: expected}
+        assert tokens[1] == alone(backend, folder, asked)
+
+
+def test_a_cache_of_another_kind_is_not_cut(backend: MlxBackend) -> None:
+    plain, window = backend.fresh_cache(), [RotatingKVCache(max_size=8)]
+    keys = mx.zeros((1, 2, 5, 4))
+    for layer in (*plain, *window):
+        layer.update_and_fetch(keys, keys)
+    assert not trim_plain(window, 2)
+    assert trim_plain(plain, 2)
+    assert [layer.offset for layer in (*window, *plain)] == [5, *([3] * len(plain))]
+
+
+def test_where_cudnn_plans_the_chunks_of_a_long_prompt_are_planned_before_traffic(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        forwarded = Forwarded(patch, backend)
+        backend.warm_up(lambda *_: None)
+    longest = backend.info.context_length - 1
+    most = max(size for _, size in forwarded)
+    for size in (256, 512):
+        assert most >= size
+        assert {(at, size) for at in range(0, longest // size * size, size)} <= set(forwarded)
 
 
 @pytest.mark.parametrize(("cached", "length"), [(0, 2), (0, 158), (0, 640), (26, 40), (26, 999), (300, 257)])
