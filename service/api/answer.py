@@ -162,7 +162,8 @@ async def while_connected(
     connected = asyncio.timeout(None)  # cancels `work` where it is: a task of its own costs 2 kB for each stream
 
     def end(_: object) -> None:
-        connected.reschedule(asyncio.get_running_loop().time())
+        if not connected.expired():
+            connected.reschedule(asyncio.get_running_loop().time())
 
     watch: asyncio.Future[None] = asyncio.ensure_future(_until_disconnect(receive))
     ends = [watch] if given_up is None else [watch, given_up]

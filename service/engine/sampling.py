@@ -156,7 +156,8 @@ class _Draws:
         params = [row.params for row in rows]
         self.keys = mx.stack([row.key() for row in rows])
         """(rows, 2): of the next draw."""
-        self._greedy = mx.array([each.temperature == 0 for each in params])
+        greedy = [each.temperature == 0 for each in params]
+        self._greedy = mx.array(greedy) if any(greedy) else None
         self._scale = _column([1 / each.temperature if each.temperature else 1.0 for each in params])
         widths = [each.top_k if 0 < each.top_k < vocab_size else vocab_size for each in params]
         self._above = _column([vocab_size - width for width in widths]) if min(widths) < vocab_size else None
@@ -172,7 +173,7 @@ class _Draws:
         reached = mx.where(shares > 0, mx.cumsum(shares, axis=-1), 0.0)  # a parallel sum may step at a share of 0
         uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self.keys)
         drawn = mx.argmax(reached > uniform * reached.max(axis=-1, keepdims=True), axis=-1)  # the first of them
-        return mx.where(self._greedy, mx.argmax(logits, axis=-1), drawn)
+        return drawn if self._greedy is None else mx.where(self._greedy, mx.argmax(logits, axis=-1), drawn)
 
     def advance(self) -> None:
         """The keys of the last call are used up."""

@@ -74,6 +74,45 @@ async def test_who_does_not_read_is_given_up() -> None:
         await while_connected(asyncio.sleep(3600), asyncio.Event().wait, given_up)  # type: ignore[arg-type]
 
 
+async def test_a_departure_may_come_twice() -> None:
+    """The client left, and while the work is being unwound it is given up too."""
+    given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            given_up.set_result(None)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    with pytest.raises(ClientGone):
+        await while_connected(work(), receive, given_up)
+    assert failures == []
+
+
+async def test_a_timeout_of_the_work_and_a_cancellation_from_outside_are_no_departure() -> None:
+    before = asyncio.all_tasks()
+
+    async def work() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        await while_connected(work(), asyncio.Event().wait)  # type: ignore[arg-type]
+    task = asyncio.create_task(while_connected(asyncio.sleep(3600), asyncio.Event().wait))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before, "nobody watches any more"
+
+
 async def test_a_broken_watch_is_not_taken_for_a_departure() -> None:
     async def receive() -> Any:
         raise OSError("broken")
