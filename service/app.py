@@ -44,6 +44,7 @@ from service.inference import Inference
 from service.limits.limiter import Limits
 from service.limits.usage_report import UsageReports
 from service.observability.event_loop import LoopWatch
+from service.observability.ids import Ids
 from service.observability.metrics import Metrics
 from service.observability.record import RequestRecord
 from service.observability.reloads import Reloads
@@ -59,11 +60,6 @@ if TYPE_CHECKING:  # these need an extra
     from service.observability.tracing import Tracing
 
 INFERENCE = (chat, completions, native)
-
-
-def new_id() -> str:
-    """A fresh id of 128 random bits, well-formed as a request id."""
-    return secrets.token_hex(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +148,7 @@ def build(
         loop_age=lambda: watchdog.loop_age,
         start=start,
     )
-    policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=new_id)
+    policy = Policy(limits=settings.http, errors=ErrorRenderer(random.random), metrics=metrics, new_id=Ids())
     return App(asgi, engine, bounded_protocol(policy), access, limits, reloads, watchdog)
 
 
@@ -191,7 +187,7 @@ def _open_telemetry(settings: Settings, metrics: Metrics, clock: Callable[[], fl
     collector = Collector(
         endpoint=settings.tracing.endpoint,
         version=__version__,
-        instance=new_id(),
+        instance=secrets.token_hex(16),
         headers=settings.tracing.headers(),
         failed=lambda signal: metrics.otlp_failures.labels(signal).inc(),
     )
@@ -229,7 +225,7 @@ def create_app(
     running: AbstractAsyncContextManager[object] | None = None,
     tracing: Tracing | None = None,
     start: Start | None = None,
-    new_id: Callable[[], str] = new_id,
+    new_id: Callable[[], str] | None = None,
     jitter: Callable[[], float] = random.random,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.perf_counter,
@@ -250,7 +246,7 @@ def create_app(
         reloads=reloads or Reloads(metrics),
         usage=UsageReports(access.storage) if settings.auth.enabled else None,
         start=start or Start(settings),
-        new_id=new_id,
+        new_id=new_id or Ids(),
         now=now,
         started=int(now()),
         loop_age=loop_age,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from service.engine.tokenizer import SHORT
 from service.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from service.limits.limiter import Held, Limits
 from service.limits.states import TokenState
+from service.observability.ids import Ids
 from service.observability.record import RequestRecord
 from service.settings import PlanSettings, Settings
 from service.storage.usage import UsageRow
@@ -56,10 +56,6 @@ class Ask:
     stop: tuple[str, ...] = ()
     trim_space: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
-
-
-def _random_id() -> str:
-    return secrets.token_hex(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +96,14 @@ class Inference:
         *,
         observers: Sequence[Callable[[RequestRecord], None]] = (),
         now: Callable[[], float] = time.time,
-        new_id: Callable[[], str] = _random_id,
+        new_id: Callable[[], str] | None = None,
     ) -> None:
         self.engine = engine
         self._settings = settings
         self._limits = limits
         self._observers = observers
         self._now = now
-        self._new_id = new_id
+        self._new_id = new_id or Ids()
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
 
     @property
