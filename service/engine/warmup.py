@@ -120,12 +120,13 @@ class Warmup:
 
     def _plan_chunks(self, costs: StepCosts) -> None:
         """Prefill one long prompt in chunks of each size that fits into a step: chunks begin at multiples of theirs."""
-        token_bytes = max(1, sum(group.bytes_per_token for group in self._backend.info.memory.layers))
-        room = int(self._backend.info.memory.budget * DEEP_SHARE) // token_bytes
+        memory = self._backend.info.memory
+        room = int(memory.budget * DEEP_SHARE) // max(1, sum(group.bytes_per_token for group in memory.layers))
         size = 1 << self._settings.max_prefill_chunk.bit_length() - 1
         while size >= LEAST_CHUNK:
             length = min(PLANNED_CONTEXT, self._backend.info.context_length - 1, room) // size * size
-            if length and costs.prefill_base + size * costs.prefill_token < self._settings.step_target:
+            brief = costs.prefill_base + size * costs.prefill_token < self._settings.step_target
+            if length and brief and size <= memory.chunk(length):
                 batch = self._batch(1, length + 1, GREEDY)
                 exhaust(batch.prepare())
                 while not batch.ready:

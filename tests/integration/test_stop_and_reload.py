@@ -232,7 +232,7 @@ def a_rotation_under_load_loses_no_line_and_tears_none(site: Site, pid: int) -> 
     site.log.rename(site.folder / "mlxd.log.0")
     hang_up(site, pid)
     asking.join(PATIENCE)
-    site.waits_for(lambda: len(site.events("request")) >= 20)
+    site.waits_for(lambda: set(answered) <= {line["request_id"] for line in site.events("request")})
     logged = [line["request_id"] for line in site.events("request")]
     assert [logged.count(each) for each in answered] == [1] * 20
     assert stat.S_IMODE(site.log.stat().st_mode) == 0o600
