@@ -98,7 +98,7 @@ def settings_for(model: Path, state: Path) -> Settings:
 async def test_every_answer_equals_its_solo_run(
     tiny_long_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
 ) -> None:
-    asked = questions(count("contamination: prompts", 56, 3000), seed=11)
+    asked = questions(count("contamination: prompts", 44, 3000), seed=11)
     with served(settings_for(tiny_long_model_dir, tmp_path)) as service:
         together = await answers(service, asked, seed=12)
         await service.settled()
