@@ -294,7 +294,7 @@ def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBac
 
 
 class Forwarded(list[tuple[int, int]]):
-    """(context, positions) of each forward pass of a model; `as_on_cuda`: chunks are those that cuDNN plans for."""
+    """(context, positions) of each forward pass of a model, whose chunks are those that cuDNN plans for."""
 
     def __init__(self, patch: pytest.MonkeyPatch, backend: MlxBackend) -> None:
         super().__init__()
