@@ -16,7 +16,8 @@ from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
 
 from service.engine.backend import Row
-from service.engine.row_cache import resized, rounded
+from service.engine.memory import KV_STEP
+from service.engine.row_cache import in_turns, resized, rounded
 from service.engine.sampling import RowSampling
 
 
@@ -37,6 +38,11 @@ _assert_api()
 
 LEAST_PLANNED = 64
 """Positions of the smallest chunk that cuDNN plans for a single prompt: fewer cost an H100 as much."""
+
+
+PLANNED_STEP = 32
+"""Multiples of which chunks of several prompts have as width and as context, for the same reason: what they are padded
+with costs little, and after some dozens of cohorts their plans are made."""
 
 
 def cudnn_plans() -> bool:
@@ -96,17 +102,20 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         super().__init__(
             model,
             uids=[state.row.uid for state in rows],
-            caches=caches if len(rows) > 1 else [],
+            caches=[],
             tokens=heads,
             samplers=[None for _ in rows],
             logits_processors=[[] for _ in rows],
             max_tokens=[state.row.max_tokens for state in rows],
         )
+        self.rows = list(rows)
+        self._planned = cudnn_plans() if planned is None else planned
         if len(rows) == 1:  # its own cache: a batched one brings a mask array, which keeps out the fused attention
             (self.prompt_cache,) = caches
-        self.rows = list(rows)
-        self._planned = (cudnn_plans() if planned is None else planned) and len(rows) == 1
-        self._even = self._planned and all(type(layer) is KVCache for layer in self.prompt_cache)
+        else:
+            self.prompt_cache = _merged(caches, self.longest_rest, PLANNED_STEP if self._planned else 1)
+        plain = KVCache if len(rows) == 1 else BatchKVCache
+        self._even = self._planned and all(type(layer) is plain for layer in self.prompt_cache)
         self.unprepared = any(state.cached for state in rows)
 
     @property
@@ -142,15 +151,23 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         width = max(map(len, pieces))
         if width:
             self.unprepared = self.context == 0 and not self.ready
-            self._forward(pieces, width, spare=max(0, size - width))
+            spare = max(0, size - width)
+            if len(pieces) > 1 and not self.ready:  # what is padded stays, so that the next chunk begins at a multiple
+                width, spare = width + spare, 0
+            self._forward(pieces, width, spare)
         return width * len(pieces)
 
     def _planned_size(self, width: int) -> int:
         """The power of two up to which a chunk of `width` is padded; a smaller one where the buffers end before that.
 
         For the first chunk of a size after a context cuDNN needs 50 ms on an H100. Of these sizes others have had it.
+        Chunks of several rows are padded to multiples of `PLANNED_STEP`, or not at all.
         """
-        size = max(LEAST_PLANNED, 1 << (width - 1).bit_length())
+        if len(self.rows) > 1:
+            size, first = _up_to(width, PLANNED_STEP), self.prompt_cache[0]
+            return size if first.keys is None or first.size() + size <= first.keys.shape[2] else width
+        smallest = KV_STEP if self.context and self.context % KV_STEP == 0 else LEAST_PLANNED  # as long on an H100
+        size = max(smallest, 1 << (width - 1).bit_length())
         if (least := self.context & -self.context) >= LEAST_PLANNED:  # chunks of a size begin at its multiples
             size = min(size, least)
         keys = self.prompt_cache[0].keys
@@ -158,7 +175,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         return size if self.context + size <= room else 1 << (width.bit_length() - 1)
 
     def _forward(self, pieces: list[list[int]], width: int, spare: int) -> None:
-        """`spare` positions of a single prompt are computed and forgotten."""
+        """`spare` positions of each row are computed and forgotten."""
         lengths = [len(piece) for piece in pieces]
         padding = [width - length for length in lengths]
         for tokens, piece in zip(self.tokens, pieces, strict=True):
@@ -167,15 +184,15 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
             for layer in self.prompt_cache:
                 layer.prepare(lengths=lengths, right_padding=padding)
         cache = self.prompt_cache
-        if self._planned:
+        if self._planned and len(pieces) == 1:
             cache = [_Contiguous(layer) if type(layer) is KVCache else layer for layer in cache]
         padded = [piece + [0] * (pad + spare) for piece, pad in zip(pieces, padding, strict=True)]
         self.model(mx.array(padded), cache=cache)
         for layer in self.prompt_cache:
+            if spare:
+                layer.trim(spare)
             if any(padding):
                 layer.finalize()
-            elif spare:
-                layer.trim(spare)
         mx.eval([layer.state for layer in self.prompt_cache])
 
     @property
@@ -186,9 +203,49 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     def prepare(self) -> Iterator[None]:
         """Layer by layer, compute what is lazy and make room for the whole prompt, so that no chunk has to."""
         self.unprepared = False
-        positions = rounded(self.context + self.longest_rest)
+        for group in in_turns(self._prepared(rounded(self.context + self.longest_rest))):
+            mx.eval([layer.state for layer in group])
+            yield
+
+    def _prepared(self, positions: int) -> Iterator[tuple[Any, int]]:
         for layer in self.prompt_cache:
             if type(layer) in (BatchKVCache, KVCache) and layer.keys is not None and layer.keys.shape[2] < positions:
                 layer.keys, layer.values = (resized(a, a.shape[0], positions) for a in (layer.keys, layer.values))
-            mx.eval(layer.state)
-            yield
+            yield layer, layer.nbytes
+
+
+def _merged(caches: Sequence[list[Any]], more: int, step: int) -> list[Any]:
+    """Several prompts' caches as one, in which `more` positions have room, after a multiple of `step`."""
+    return [
+        _stacked(layers, more, step) if all(type(layer) is KVCache for layer in layers) else layers[0].merge(layers)
+        for layers in map(list, zip(*caches, strict=True))
+    ]
+
+
+def _stacked(layers: Sequence[KVCache], more: int, step: int) -> BatchKVCache:
+    lengths = [layer.offset for layer in layers]
+    size = _up_to(max(lengths), step)
+    padding = [size - length for length in lengths]
+    batch = BatchKVCache(padding)
+    if size:
+        capacity = rounded(size + _up_to(more, step))
+        batch.keys, batch.values = (
+            _rows([getattr(layer, name) for layer in layers], lengths, padding, capacity) for name in ("keys", "values")
+        )
+        batch.offset, batch._idx = batch.offset + size, size  # noqa: SLF001 -- as mlx-lm's own `merge`
+    return batch
+
+
+def _rows(arrays: Sequence[Any], lengths: Sequence[int], padding: Sequence[int], capacity: int) -> mx.array:
+    """One buffer with the first tokens of each array behind its padding; an empty one is None."""
+    like = next(array for array in arrays if array is not None)
+    buffer = mx.zeros((len(arrays), like.shape[1], capacity, like.shape[3]), like.dtype)
+    for row, (array, length, skip) in enumerate(zip(arrays, lengths, padding, strict=True)):
+        if length:
+            buffer[row : row + 1, :, skip : skip + length] = array[:, :, :length]
+    return buffer
+
+
+def _up_to(number: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-number // step) * step

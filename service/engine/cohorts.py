@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from service.engine.batches import LEAST_PLANNED, RowState, cudnn_plans, trim_plain
+from service.engine.batches import LEAST_PLANNED, PLANNED_STEP, RowState, cudnn_plans, trim_plain
 from service.engine.decode_groups import DecodeGroups
 from service.engine.memory import MemoryModel
 from service.engine.pacing import Load, Pacer
@@ -62,6 +62,7 @@ def next_cohort(
     members: list[Member] = []
     room = limits.pacer.room(limits.load)
     widest = longest = 0
+    padding = PLANNED_STEP if cudnn_plans() else 0
     while waiting and len(members) < limits.rows:
         state, together = waiting[0], len(members) + 1
         longest = max(longest, len(state.row.prompt))
@@ -69,8 +70,8 @@ def next_cohort(
             break
         member = found(state, prefixes, decode)
         widest = max(widest, len(state.rest) - member.cached)
-        positions = widest * together
-        if members and (positions > room or not limits.memory.cohort_fits(positions, together, longest)):
+        positions, padded = widest * together, (widest + padding) * together
+        if members and (positions > room or not limits.memory.cohort_fits(padded, together, longest + 2 * padding)):
             break
         if any(shared(state, other.state) >= member.cached + WORTH_COPYING for other in members):
             break

@@ -16,7 +16,7 @@ import mlx.core as mx
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.generation import FinishReason
 from service.engine.prefix_cache import common_prefix
-from service.engine.row_cache import Places, RowCache, copied, rounded
+from service.engine.row_cache import Places, RowCache, copied, in_turns, rearranged, rounded
 from service.engine.sampling import Sampling
 
 EARLY = 32
@@ -140,17 +140,24 @@ class DecodeBatch:
         assert not self._launched
         theirs = Places([len(tokens) for tokens in prefilled.tokens])
         rows = max(rows, len(self) + len(prefilled.rows))
-        for index, layer in enumerate(prefilled.prompt_cache):
-            taken = RowCache.take(theirs, layer) or _batched(layer)
-            mine = self._extended(index, taken, rows, theirs.reach)
-            mx.eval(mine.state)
-            prefilled.prompt_cache[index] = None
+        for group in in_turns(self._joined(prefilled.prompt_cache, theirs, rows)):
+            mx.eval([layer.state for layer in group])
             yield
         self._release_sampling()
         self._places.extend(theirs.lengths)
         self.rows += prefilled.rows
         self.tokens += [[*known, state.rest[0]] for known, state in zip(prefilled.tokens, prefilled.rows, strict=True)]
         self._newest = mx.concatenate([self._newest, mx.array([state.rest[0] for state in prefilled.rows], mx.uint32)])
+
+    def _joined(self, layers: list[Any], theirs: Places, rows: int) -> Iterator[tuple[Any, int]]:
+        """This batch's layers with the rows of `theirs`, whose own go; each with the bytes to copy for that."""
+        for index, layer in enumerate(layers):
+            taken = RowCache.take(theirs, layer) or _batched(layer)
+            room = getattr(self.cache[index] if self.rows else taken, "capacity", None)
+            mine = self._extended(index, taken, rows, theirs.reach)
+            layers[index] = None
+            in_place = isinstance(mine, RowCache) and mine.capacity == room
+            yield mine, taken.nbytes if in_place else mine.nbytes
 
     def _extended(self, index: int, layer: Any, rows: int, reach: int) -> Any:
         """This batch's layer with the rows of another one's; a first batch becomes this one's own."""
@@ -207,10 +214,12 @@ class DecodeBatch:
         """
         assert not self._launched
         order = _compacted([not state.leaving for state in self.rows])
+        yield from rearranged([layer for layer in self.cache if isinstance(layer, RowCache)], order)
         for layer in self.cache:
-            layer.filter(order)
-            mx.eval(layer.state)
-            yield
+            if not isinstance(layer, RowCache):
+                layer.filter(order)
+                mx.eval(layer.state)
+                yield
         self._release_sampling()
         self._places.filter(order)
         self.rows = [self.rows[index] for index in order]
@@ -219,11 +228,15 @@ class DecodeBatch:
 
     def resize(self, rows: int, positions: int) -> Iterator[None]:
         """Layer by layer, change the capacity. The rows may decode meanwhile."""
+        for group in in_turns(self._resized(max(rows, len(self)), max(positions, self._places.reach))):
+            mx.eval([layer.state for layer in group])
+            yield
+
+    def _resized(self, rows: int, positions: int) -> Iterator[tuple[RowCache, int]]:
         for layer in self.cache:
             if isinstance(layer, RowCache):
-                layer.resize(max(rows, len(self)), max(positions, self._places.reach))
-                mx.eval(layer.state)
-                yield
+                layer.resize(rows, positions)
+                yield layer, layer.nbytes
 
     def stretch(self, length: int) -> bool:
         """Go on as if every row had `length` tokens, to measure; False where a cache of another kind keeps that out."""

@@ -29,12 +29,13 @@ from service.engine.backend import Backend, MemoryUse, ModelInfo
 from service.engine.canary import CanaryFailed
 from service.engine.drain import Drain
 from service.engine.generation import Generation, GenerationRequest
+from service.engine.outbox import Delivery
 from service.engine.priority import give_way
 from service.engine.progress import Phase, Progress
 from service.engine.startup import Startup, StoppedLoading
 from service.engine.states import RETRY_LOADING, EngineState, EngineStatus, refusal
 from service.engine.telemetry import Telemetry
-from service.engine.worker import Delivery, Worker
+from service.engine.worker import Worker
 from service.errors import Draining, EngineFailed, ModelUnavailable, ServiceError
 from service.settings import EngineSettings
 from service.supervision.attempts import ONCE, Attempts

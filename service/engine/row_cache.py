@@ -10,16 +10,21 @@ is moved. Only more capacity means a copy, one layer at a time. Belongs to the g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from service.engine.memory import KV_STEP
 
-TOGETHER = 16 * 1024 * 1024
+Moves = Sequence[tuple[int, int]]
+"""(new index, old index) of rows."""
+
+TOGETHER = 32 * 1024 * 1024
 """Bytes of copies up to which layers are copied at once: waiting for a device costs 0.2 ms, and sixteen rows of sixteen
 layers that leave together would wait for it 256 times."""
+
+T = TypeVar("T")
 
 
 class Places:
@@ -153,11 +158,12 @@ class RowCache:
         self.keys[mine : mine + new, :, :reach] = other.keys[:new, :, :reach]
         self.values[mine : mine + new, :, :reach] = other.values[:new, :, :reach]
 
-    def filter(self, order: Sequence[int]) -> None:
-        """Row i becomes what was row `order[i]`."""
-        moves = [(to, source) for to, source in enumerate(order) if to != source]
-        taken = [[self._row(array, source) for _, source in moves] for array in self.state]
-        mx.eval(taken)  # a view of the buffer, still waiting to be read, would make the writes below copy all of it
+    def taken(self, moves: Moves) -> list[list[mx.array]]:
+        """Copies of the rows that move, of keys and of values; not computed yet."""
+        return [[self._row(array, source) for _, source in moves] for array in self.state]
+
+    def put(self, moves: Moves, taken: Sequence[Sequence[mx.array]]) -> None:
+        """Write rows that were `taken`, and computed, into their new places."""
         for array, rows in zip(self.state, taken, strict=True):
             for (to, _), row in zip(moves, rows, strict=True):
                 array[to : to + 1, :, : row.shape[2]] = row
@@ -175,18 +181,39 @@ class RowCache:
         return cache
 
 
+def in_turns(pieces: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    """Pieces, each with the bytes of its copies, in groups of `TOGETHER` bytes or one piece."""
+    group: list[T] = []
+    size = 0
+    for piece, nbytes in pieces:
+        group.append(piece)
+        size += nbytes
+        if size >= TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 def copied(layers: Iterable[Any], into: list[Any]) -> Iterator[None]:
-    """Append layers to `into` and compute them, in turns of `TOGETHER` bytes or one layer."""
-    lazy: list[Any] = []
-    for layer in layers:
-        into.append(layer)
-        lazy.append(layer)
-        if sum(each.nbytes for each in lazy) >= TOGETHER:
-            mx.eval([each.state for each in lazy])
-            lazy.clear()
-            yield
-    if lazy:
-        mx.eval([each.state for each in lazy])
+    """Append layers to `into` and compute them, in turns."""
+    for group in in_turns((layer, layer.nbytes) for layer in layers):
+        into += group
+        mx.eval([layer.state for layer in group])
+        yield
+
+
+def rearranged(layers: Sequence[RowCache], order: Sequence[int]) -> Iterator[None]:
+    """Row i of every layer becomes what was row `order[i]`, in turns."""
+    moves = [(to, source) for to, source in enumerate(order) if to != source]
+    if not moves:
+        return
+    for group in in_turns((layer, layer.nbytes * len(moves) // max(1, layer.capacity[0])) for layer in layers):
+        taken = [layer.taken(moves) for layer in group]
+        mx.eval(taken)  # a view of the buffer, still waiting to be read, would make the writes below copy all of it
+        for layer, rows in zip(group, taken, strict=True):
+            layer.put(moves, rows)
+        mx.eval([layer.state for layer in group])
         yield
 
 
@@ -200,6 +227,8 @@ def resized(array: mx.array, rows: int, positions: int) -> mx.array:
 def _fronted(array: mx.array, padding: Sequence[int], reach: int) -> mx.array:
     """Left-padded rows moved to the front."""
     width = max(padding)
+    if width == min(padding):
+        return mx.contiguous(array[:, :, width : width + reach])
     array = mx.pad(array, [(0, 0), (0, 0), (0, max(0, reach + width - array.shape[2])), (0, 0)])
     return mx.concatenate([array[i : i + 1, :, skip : skip + reach] for i, skip in enumerate(padding)])
 

@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from service.engine.backend import Row
 from service.engine.batches import PrefillBatch, cudnn_plans
-from service.engine.decode_batch import DecodeBatch
+from service.engine.decode_batch import SPARE, DecodeBatch
 from service.engine.generation import SamplingParams
+from service.engine.memory import KV_STEP
 from service.engine.pacing import SMALLEST_CHUNK, StepCosts
 from service.settings import EngineSettings
 
@@ -40,12 +41,16 @@ LEAST_DEEP = 256
 """Tokens of context at least at which its cost for a chunk is measured, for the same reason: of small chunks after few
 tokens the difference is noise, and beside other work it once came out 800 times as large."""
 
+HIDDEN = 1.5
+"""Times as long as without context that a step takes at least where its cost shows: a GPU attends while Python launches
+what comes after, and on an H100 4 rows after 2,048 tokens took no longer than after none."""
+
 DEEP_SHARE = 0.25
 """Share of the memory budget that this may take."""
 
 PLANNED_CONTEXT, LEAST_CHUNK = 16 * 1024, 256
 """Tokens of the prompt for whose chunks cuDNN plans in advance, and the smallest of those: on an H100 120 plans take 6
-s, and one that is missing lets all rows wait for 50 ms."""
+s, and one that is missing lets all rows wait for 50 ms. So it does for each capacity of one row that decodes alone."""
 
 MOST_REPEATS = 4
 """Repeats after which a shape that still gets faster is left to traffic."""
@@ -84,6 +89,7 @@ class Warmup:
         costs = self._prefills()
         if cudnn_plans():
             self._plan_chunks(costs)
+            self._plan_capacities()
         progress(stages[1], 1, len(stages))
         costs = self._decodes(costs)
         for done, params in enumerate(sampled, 2):
@@ -121,10 +127,9 @@ class Warmup:
     def _plan_chunks(self, costs: StepCosts) -> None:
         """Prefill one long prompt in chunks of each size that fits into a step: chunks begin at multiples of theirs."""
         memory = self._backend.info.memory
-        room = int(memory.budget * DEEP_SHARE) // max(1, sum(group.bytes_per_token for group in memory.layers))
         size = 1 << self._settings.max_prefill_chunk.bit_length() - 1
         while size >= LEAST_CHUNK:
-            length = min(PLANNED_CONTEXT, self._backend.info.context_length - 1, room) // size * size
+            length = self._planned_context() // size * size
             brief = costs.prefill_base + size * costs.prefill_token < self._settings.step_target
             if length and brief and size <= memory.chunk(length):
                 batch = self._batch(1, length + 1, GREEDY)
@@ -132,6 +137,20 @@ class Warmup:
                 while not batch.ready:
                     batch.advance(size)
             size //= 2
+
+    def _plan_capacities(self) -> None:
+        """Decode one row alone in buffers of each size; of more rows attention has a mask, and is not cuDNN's."""
+        batch = self._decoding(1, GREEDY)
+        for capacity in range(2 * KV_STEP, self._planned_context(), KV_STEP):
+            if not batch.stretch(capacity - SPARE):
+                return
+            batch.next()
+
+    def _planned_context(self) -> int:
+        """Tokens of the longest prompt that is planned for."""
+        memory = self._backend.info.memory
+        room = int(memory.budget * DEEP_SHARE) // max(1, sum(group.bytes_per_token for group in memory.layers))
+        return min(PLANNED_CONTEXT, self._backend.info.context_length - 1, room)
 
     def _settled(self, run: Callable[[], float]) -> float:
         """Seconds of a run once it stops getting faster."""
@@ -195,14 +214,19 @@ class Warmup:
         """Seconds by which one token of one row's context makes a decode step longer."""
         info = self._backend.info
         token_bytes = max(1, rows * sum(group.bytes_per_token for group in info.memory.layers))
-        length = min(DEEP, info.context_length // 2, int(info.memory.budget * DEEP_SHARE) // token_bytes)
-        length = max(length, self._deep)
+        most = max(self._deep, min(info.context_length // 2, int(info.memory.budget * DEEP_SHARE) // token_bytes))
+        length, before = min(DEEP, most), 0
         batch = self._decoding(rows, GREEDY)
-        shallow = self._steps(batch)
+        seconds = shallow = self._steps(batch)
         if not batch.stretch(length):
-            length = self._deep
-            batch = self._decoding(rows, GREEDY, length)
-        return max(0.0, self._steps(batch) - shallow) / (rows * length)
+            batch = self._decoding(rows, GREEDY, self._deep)
+            return max(0.0, self._steps(batch) - shallow) / (rows * self._deep)
+        deep = self._steps(batch)
+        while deep < HIDDEN * shallow and 2 * length <= most:
+            before, length, seconds = length, 2 * length, deep
+            batch.stretch(length)
+            deep = self._steps(batch)
+        return max(0.0, deep - seconds) / (rows * (length - before))
 
     def _decode_sizes(self, sizes: Sequence[int], params: SamplingParams) -> dict[int, float]:
         """Seconds of a step by rows: the smallest size, and the others when its first use was colder."""

@@ -2,7 +2,7 @@
 
 The thread owns the backend. The event loop reaches it through `submit`, `cancel`, `refuse_waiting`,
 `abort_running` and `stop`, which take the lock for bookkeeping only and never wait for the backend.
-Everything a step produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
+What steps produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from service.engine.foresight import Foresight
 from service.engine.generation import Delta, FinishReason, Generation
 from service.engine.jobs import Job, Orders, Plan
 from service.engine.lineup import Lineup
+from service.engine.outbox import Delivery, Outbox
 from service.engine.progress import Phase, Progress
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
 from service.errors import DeadlineExceeded, GenerationFailed, ServiceError
 from service.settings import EngineSettings
-
-Delivery = tuple[Generation, Delta]
 
 SETTLING = 0.1
 """Seconds without work after which memory is counted once more: the last rows' next token was being computed."""
@@ -63,7 +62,7 @@ class Worker:
         self._next_uid = 0
         self._orders = Orders()
         self._over: ServiceError | None = None
-        self._outbox: list[Delivery] = []
+        self._outbox = Outbox(settings.delivery_interval)
         self._progress = progress
         self._canary = Canary(backend, info, telemetry=telemetry, progress=progress)
         self._canary_interval = canary_interval or None
@@ -175,7 +174,7 @@ class Worker:
                 return False
             plan = self._plan(canary=canary)
             wanted = bool(self._jobs)
-        self._flush()
+        self._flush(patient=wanted and not plan.insert)
         self._progress.enter(Phase.STEPPING)
         result = self._step(plan)
         self._progress.enter(Phase.DELIVERING)
@@ -183,7 +182,8 @@ class Worker:
             stopped = self._collect(result)
             self.last_step = self._clock()
             self._progress.stepped(fruitful=result.fruitful, wanted=wanted)
-        self._flush()
+            steady = len(result.tokens) == self._admission.running and not result.copies  # so will be the next step
+        self._flush(patient=steady)
         self._backend.remove(stopped, keep_prefix=True)
         if self._canary.overgrown(self._backend.memory()):
             self._recover()
@@ -270,7 +270,7 @@ class Worker:
                     if token.finish_reason is None:
                         stopped.append(token.uid)
                 elif text:
-                    self._outbox.append((job.generation, Delta(text)))
+                    self._outbox.post(job.generation, Delta(text), urgent=job.meter.completion_tokens == 1)
         self._telemetry.decoded(counted)
         for uid, error in result.failed:
             if job := self._jobs.get(uid):
@@ -290,11 +290,11 @@ class Worker:
         if job.meter.prefill_at is not None:
             self._foresight.rates.ended(usage, job.request.max_tokens)
         if last is not None:
-            self._outbox.append((job.generation, last))
+            self._outbox.post(job.generation, last, urgent=True)
 
-    def _flush(self) -> None:
-        """Post what is in the outbox; either thread."""
+    def _flush(self, *, patient: bool = False) -> None:
+        """Hand over what is in the outbox; either thread."""
         with self._wake:
-            outbox, self._outbox = self._outbox, []
+            outbox = self._outbox.take(self._clock(), patient=patient)
         if outbox:
             self._deliver(outbox)

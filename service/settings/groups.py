@@ -115,6 +115,9 @@ class EngineSettings(Group):
     max_rows: int = Field(32, ge=1, le=512, description="Most requests decoded in one batch.")
     max_queue: int = Field(256, ge=0, description="Most requests waiting; beyond it 503.")
     step_target: float = Field(0.25, gt=0, description="Seconds one engine step should last at most.")
+    delivery_interval: float = Field(
+        0.01, ge=0, description="Seconds between two pieces of a stream where steps are shorter; 0: one each step."
+    )
     max_prefill_chunk: int = Field(2048, ge=16, description="Most prompt tokens (rows x tokens) prefilled in one step.")
     max_prefill_rows: int = Field(8, ge=1, description="Most short prompts prefilled together.")
     context_length: int = Field(0, ge=0, description="Tokens of prompt and output; 0 means the model's own limit.")

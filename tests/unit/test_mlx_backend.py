@@ -17,19 +17,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import llama
-from mlx_lm.models.cache import ConcatenateKVCache, RotatingKVCache
+from mlx_lm.models.cache import BatchKVCache, ConcatenateKVCache, RotatingKVCache
 from mlx_lm.utils import load_tokenizer
 
 from service.engine import batches, cohorts, demo_model, mlx_backend, warmup
 from service.engine.backend import Row, StepResult
-from service.engine.batches import LEAST_PLANNED, PrefillBatch, trim_plain
+from service.engine.batches import LEAST_PLANNED, PLANNED_STEP, PrefillBatch, trim_plain
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.memory import MemoryModel
 from service.engine.mlx_backend import MlxBackend
 from service.engine.models import Progress
 from service.engine.pacing import StepCosts
-from service.engine.row_cache import rounded
+from service.engine.row_cache import RowCache, rounded
 from service.engine.sampling import RowSampling
 from service.settings import Settings
 from tests.progress import Recorder
@@ -301,7 +301,8 @@ class Forwarded(list[tuple[int, int]]):
         run = type(backend.model).__call__
 
         def model(itself: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
-            self.append((int(mx.array(cache[0].offset).max()), inputs.shape[1]))
+            at = cache[0]._idx if isinstance(cache[0], BatchKVCache) else int(mx.array(cache[0].offset).max())
+            self.append((at, inputs.shape[1]))
             return run(itself, inputs, cache=cache)
 
         patch.setattr(type(backend.model), "__call__", model)
@@ -404,6 +405,57 @@ def test_where_cudnn_plans_chunks_have_few_sizes_and_the_prompt_is_the_same(
     for one, other in zip(*kept, strict=True):
         for a, b in zip(one, other, strict=True):
             assert mx.allclose(a[:, :, : cached + length - 1], b[:, :, : cached + length - 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cached", "lengths"), [(0, (40, 100, 7)), (300, (40, 300, 7)), (0, (130, 130)), (200, (60, 2))]
+)
+def test_where_cudnn_plans_chunks_of_several_rows_have_few_widths_and_the_prompts_are_the_same(
+    backend: MlxBackend, cached: int, lengths: Sequence[int]
+) -> None:
+    """Multiples of 32, as widths and as contexts, by positions that are computed and forgotten."""
+    asked = [[3 + (uid + index) % 250 for index in range(cached + length)] for uid, length in enumerate(lengths)]
+    kept = []
+    for planned in (False, True):
+        states, caches = [backend.row_state(row(uid, each)) for uid, each in enumerate(asked)], []
+        for state in states:
+            caches.append(backend.fresh_cache())
+            backend.model(mx.array([state.rest[:cached]]), cache=caches[-1]) if cached else None
+            state.cached, state.rest = cached, state.rest[cached:]
+        with pytest.MonkeyPatch.context() as patch:
+            forwarded = Forwarded(patch, backend)
+            batch = PrefillBatch(backend.model, states, caches, planned=planned)
+            while not batch.ready:
+                list(batch.prepare()) if batch.unprepared else None
+                batch.advance(256)
+        assert all(width % PLANNED_STEP == at % PLANNED_STEP == 0 for at, width in forwarded) == planned
+        most = cached + max(lengths) + (2 * PLANNED_STEP if planned else 0)
+        assert all(layer.keys.shape[2] <= rounded(most) for layer in batch.prompt_cache)
+        kept.append([layer.extract(index) for index in range(len(lengths)) for layer in batch.prompt_cache])
+    for one, other in zip(*kept, strict=True):
+        assert one.offset == other.offset
+        assert mx.allclose(one.keys, other.keys, atol=1e-4)
+        assert mx.allclose(one.values, other.values, atol=1e-4)
+
+
+def test_where_cudnn_plans_one_row_has_decoded_in_buffers_of_each_size_before_traffic(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one row there is no mask, and attention is cuDNN's: a plan for each capacity."""
+    alone_in: set[int] = set()
+    run = type(backend.model).__call__
+
+    def model(itself: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
+        logits = run(itself, inputs, cache=cache)
+        if inputs.shape == (1, 1) and isinstance(cache[0], RowCache):
+            alone_in.add(cache[0].capacity[1])
+        return logits
+
+    with monkeypatch.context() as patch:
+        Forwarded(patch, backend)
+        patch.setattr(type(backend.model), "__call__", model)
+        backend.warm_up(lambda *_: None)
+    assert set(range(512, backend.info.context_length, 256)) <= alone_in
 
 
 def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(

@@ -10,7 +10,8 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
 from service.engine.memory import KV_STEP
-from service.engine.row_cache import Places, RowCache, rounded
+from service.engine.row_cache import Places, RowCache, rearranged, rounded
+from service.engine.warmup import exhaust
 
 HEADS, WIDTH = 2, 8
 
@@ -83,7 +84,7 @@ def test_any_course_of_joins_leaves_and_tokens_holds_what_each_row_wrote(seed: i
                 order = list(range(len(rows) - 1))
                 if gone < len(order):
                     order[gone] = len(order)
-                cache.filter(order)
+                exhaust(rearranged([cache], order))
                 places.filter(order)
                 rows = [rows[index] for index in order]
         assert_holds(cache, places, rows)
@@ -173,8 +174,7 @@ def test_writing_joining_and_leaving_copy_a_row_and_never_the_batch() -> None:
         mx.eval(cache.state)
 
     def leave() -> None:
-        cache.filter([5, 1, 2, 3, 4])
-        mx.eval(cache.state)
+        exhaust(rearranged([cache], [5, 1, 2, 3, 4]))
 
     def grow() -> None:
         cache.resize(8, 769)

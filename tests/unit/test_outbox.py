@@ -1,0 +1,93 @@
+"""Text of short steps goes to the event loop together; nothing that somebody waits for is kept back."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.backend import StepResult
+from service.engine.generation import Generation
+from service.errors import CredentialRevoked
+from tests.timed import ByHand, TimedBackend
+
+BRIEF = 0.002
+"""Seconds of a step, and one millisecond for each row."""
+
+
+def pieces(hand: ByHand, generation: Generation) -> list[int]:
+    """Characters, which are tokens, of each piece that was handed over."""
+    return [len(delta.text) for delta in hand.said[generation]]
+
+
+def test_short_steps_share_a_piece_but_for_the_first_token_and_the_end() -> None:
+    hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=0.01)
+    generation = hand.submit(max_tokens=20)
+    hand.finish()
+    assert pieces(hand, generation) == [1, 4, 4, 4, 4, 3]
+    assert hand.said[generation][-1].final
+
+
+@pytest.mark.parametrize(("step", "interval"), [(0.012, 0.01), (0.003, 0.0)])
+def test_every_step_has_a_piece_of_its_own_where_it_takes_as_long_or_so_configured(
+    step: float, interval: float
+) -> None:
+    hand = ByHand(TimedBackend(decode_base=step, decode_row=0.0), delivery_interval=interval)
+    generation = hand.submit(max_tokens=6)
+    hand.finish()
+    assert pieces(hand, generation) == [1] * 6
+
+
+def test_what_waits_goes_with_what_cannot() -> None:
+    """Somebody else's first token, and somebody else's end."""
+    hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=1.0)
+    long = hand.submit("a", max_tokens=40)
+    hand.turns_until(lambda: long.meter.completion_tokens == 3)
+    assert pieces(hand, long) == [1]
+    short = hand.submit("b", max_tokens=4)
+    hand.turns_until(lambda: short.meter.completion_tokens == 1)
+    assert sum(pieces(hand, long)) == long.meter.completion_tokens
+    hand.turns_until(lambda: short.finished)
+    assert pieces(hand, short) == [1, 3]
+    assert sum(pieces(hand, long)) == long.meter.completion_tokens == 8
+
+
+def test_nothing_waits_for_the_prompt_of_a_newcomer() -> None:
+    class Watched(TimedBackend):
+        def step(self) -> StepResult:
+            if newcomer and not seen:
+                seen.append(sum(pieces(hand, generation)))
+            return super().step()
+
+    newcomer: list[Generation] = []
+    seen: list[int] = []
+    hand = ByHand(Watched(decode_base=BRIEF), delivery_interval=1.0)
+    generation = hand.submit("a", max_tokens=1000)
+    hand.turns_until(lambda: generation.meter.completion_tokens == 5)
+    assert sum(pieces(hand, generation)) == 1
+    newcomer.append(hand.submit("b", prompt=600))
+    hand.turn()
+    assert seen == [5], "before the step that begins with its prompt"
+    during = []
+    while newcomer[0].meter.completion_tokens == 0:
+        hand.turn()
+        during.append(generation.meter.completion_tokens - sum(pieces(hand, generation)))
+    assert during == [0] * len(during), "and not in those that go on with it"
+    assert len(during) > 5
+
+
+def test_nothing_is_kept_for_who_has_left() -> None:
+    hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=1.0)
+    generation = hand.submit(max_tokens=100)
+    hand.turns_until(lambda: generation.meter.completion_tokens == 5)
+    generation.close()
+    hand.turn()
+    assert hand.worker._outbox.take(hand.clock.now, patient=False) == []
+
+
+def test_an_error_takes_along_what_was_said_before_it() -> None:
+    hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=1.0)
+    generation = hand.submit(max_tokens=100)
+    hand.turns_until(lambda: generation.meter.completion_tokens == 5)
+    hand.worker.abort_running(CredentialRevoked("revoked"))
+    hand.turn()
+    assert pieces(hand, generation) == [1, 4]
+    assert hand.said[generation][-1].error is not None
