@@ -17,7 +17,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, trim_prompt_cache
 
 from service.engine.backend import Row
 from service.engine.memory import KV_STEP
-from service.engine.row_cache import in_turns, resized, rounded
+from service.engine.row_cache import in_turns, resized, rounded, row_bytes
 from service.engine.sampling import RowSampling
 
 
@@ -203,7 +203,8 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     def prepare(self) -> Iterator[None]:
         """Layer by layer, compute what is lazy and make room for the whole prompt, so that no chunk has to."""
         self.unprepared = False
-        for group in in_turns(self._prepared(rounded(self.context + self.longest_rest))):
+        row = row_bytes(self.prompt_cache, len(self.rows))
+        for group in in_turns(self._prepared(rounded(self.context + self.longest_rest)), row):
             mx.eval([layer.state for layer in group])
             yield
 
@@ -215,7 +216,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
 
 
 def _merged(caches: Sequence[list[Any]], more: int, step: int) -> list[Any]:
-    """Several prompts' caches as one, in which `more` positions have room, after a multiple of `step`."""
+    """Several prompts' caches as one with room for `more` positions, from a multiple of `step` on where that fits."""
     return [
         _stacked(layers, more, step) if all(type(layer) is KVCache for layer in layers) else layers[0].merge(layers)
         for layers in map(list, zip(*caches, strict=True))
@@ -224,11 +225,13 @@ def _merged(caches: Sequence[list[Any]], more: int, step: int) -> list[Any]:
 
 def _stacked(layers: Sequence[KVCache], more: int, step: int) -> BatchKVCache:
     lengths = [layer.offset for layer in layers]
-    size = _up_to(max(lengths), step)
+    longest = max(lengths)
+    size, capacity = _up_to(longest, step), rounded(longest + more)
+    if size + _up_to(more, step) > capacity:  # more than memory is reckoned with
+        size = longest
     padding = [size - length for length in lengths]
     batch = BatchKVCache(padding)
     if size:
-        capacity = rounded(size + _up_to(more, step))
         batch.keys, batch.values = (
             _rows([getattr(layer, name) for layer in layers], lengths, padding, capacity) for name in ("keys", "values")
         )

@@ -16,7 +16,7 @@ import mlx.core as mx
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.generation import FinishReason
 from service.engine.prefix_cache import common_prefix
-from service.engine.row_cache import Places, RowCache, copied, in_turns, rearranged, rounded
+from service.engine.row_cache import Places, RowCache, copied, in_turns, rearranged, rounded, row_bytes
 from service.engine.sampling import Sampling
 
 EARLY = 32
@@ -140,7 +140,8 @@ class DecodeBatch:
         assert not self._launched
         theirs = Places([len(tokens) for tokens in prefilled.tokens])
         rows = max(rows, len(self) + len(prefilled.rows))
-        for group in in_turns(self._joined(prefilled.prompt_cache, theirs, rows)):
+        row = row_bytes(prefilled.prompt_cache, len(prefilled.rows))
+        for group in in_turns(self._joined(prefilled.prompt_cache, theirs, rows), row):
             mx.eval([layer.state for layer in group])
             yield
         self._release_sampling()
@@ -228,7 +229,8 @@ class DecodeBatch:
 
     def resize(self, rows: int, positions: int) -> Iterator[None]:
         """Layer by layer, change the capacity. The rows may decode meanwhile."""
-        for group in in_turns(self._resized(max(rows, len(self)), max(positions, self._places.reach))):
+        row = row_bytes(self.cache, len(self))
+        for group in in_turns(self._resized(max(rows, len(self)), max(positions, self._places.reach)), row):
             mx.eval([layer.state for layer in group])
             yield
 

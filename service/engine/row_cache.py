@@ -21,8 +21,8 @@ Moves = Sequence[tuple[int, int]]
 """(new index, old index) of rows."""
 
 TOGETHER = 32 * 1024 * 1024
-"""Bytes of copies up to which layers are copied at once: waiting for a device costs 0.2 ms, and sixteen rows of sixteen
-layers that leave together would wait for it 256 times."""
+"""Bytes of copies up to which layers are copied at once, and no more than a row takes, which memory is reckoned with.
+To wait for a device takes 0.2 ms, and sixteen rows of sixteen layers that leave together would do so 256 times."""
 
 T = TypeVar("T")
 
@@ -181,23 +181,28 @@ class RowCache:
         return cache
 
 
-def in_turns(pieces: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
-    """Pieces, each with the bytes of its copies, in groups of `TOGETHER` bytes or one piece."""
+def in_turns(pieces: Iterable[tuple[T, int]], row: int) -> Iterator[list[T]]:
+    """Pieces, each with the bytes of its copies, in groups of at most `TOGETHER` and `row` bytes, or of one piece."""
     group: list[T] = []
     size = 0
     for piece, nbytes in pieces:
-        group.append(piece)
-        size += nbytes
-        if size >= TOGETHER:
+        if group and size + nbytes > min(TOGETHER, row):
             yield group
             group, size = [], 0
+        group.append(piece)
+        size += nbytes
     if group:
         yield group
 
 
+def row_bytes(layers: Iterable[Any], rows: int) -> int:
+    """What one of `rows` rows takes in all layers."""
+    return int(sum(layer.nbytes for layer in layers)) // max(1, rows)
+
+
 def copied(layers: Iterable[Any], into: list[Any]) -> Iterator[None]:
     """Append layers to `into` and compute them, in turns."""
-    for group in in_turns((layer, layer.nbytes) for layer in layers):
+    for group in in_turns(((layer, layer.nbytes) for layer in layers), TOGETHER):  # one row, in all
         into += group
         mx.eval([layer.state for layer in group])
         yield
@@ -206,9 +211,10 @@ def copied(layers: Iterable[Any], into: list[Any]) -> Iterator[None]:
 def rearranged(layers: Sequence[RowCache], order: Sequence[int]) -> Iterator[None]:
     """Row i of every layer becomes what was row `order[i]`, in turns."""
     moves = [(to, source) for to, source in enumerate(order) if to != source]
-    if not moves:
+    if not moves or not layers:
         return
-    for group in in_turns((layer, layer.nbytes * len(moves) // max(1, layer.capacity[0])) for layer in layers):
+    copies = [(layer, layer.nbytes * len(moves) // max(1, layer.capacity[0])) for layer in layers]
+    for group in in_turns(copies, row_bytes(layers, layers[0].capacity[0])):
         taken = [layer.taken(moves) for layer in group]
         mx.eval(taken)  # a view of the buffer, still waiting to be read, would make the writes below copy all of it
         for layer, rows in zip(group, taken, strict=True):

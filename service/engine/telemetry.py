@@ -16,6 +16,7 @@ class Telemetry:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._gaps: dict[float, int] = {}
 
     def capacity(self, *, rows: int, queue: int) -> None:
         """What the engine could hold."""
@@ -47,12 +48,15 @@ class Telemetry:
         self._metrics.step_rows.observe(rows)
 
     def gap(self, seconds: float) -> None:
-        """A row has its next token, so long after the last one."""
-        self._metrics.inter_token_latency.observe(seconds)
+        """A row has its next token, so long after the last one; counted by `decoded`. One thread, as that."""
+        self._gaps[seconds] = self._gaps.get(seconds, 0) + 1
 
     def decoded(self, tokens: int) -> None:
         """A step has sampled `tokens` for rows that somebody waits for."""
         self._metrics.generation_tokens.inc(tokens)
+        for seconds, times in self._gaps.items():  # one for all rows that decoded in the step before, too
+            self._metrics.inter_token_latency.observe_times(seconds, times)
+        self._gaps.clear()
 
     def ended(self, reason: FinishReason | str) -> None:
         """A row that was admitted or queued has ended, normally or not."""

@@ -15,6 +15,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from service.observability.process import ProcessCollector
+from service.observability.repeated import RepeatedHistogram
 
 # Probes, refusals and cached prompts are faster than vLLM's first bucket.
 _FAST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2)
@@ -176,7 +177,7 @@ class Metrics:
             buckets=FIRST_TOKEN_SECONDS,
             registry=self.registry,
         )
-        self.inter_token_latency = Histogram(
+        self.inter_token_latency = RepeatedHistogram(
             "mlxd_inter_token_latency_seconds",
             "Seconds between two tokens of a row.",
             buckets=TOKEN_SECONDS,
