@@ -182,15 +182,19 @@ class RowCache:
 
 
 def in_turns(pieces: Iterable[tuple[T, int]], row: int) -> Iterator[list[T]]:
-    """Pieces, each with the bytes of its copies, in groups of at most `TOGETHER` and `row` bytes, or of one piece."""
+    """Pieces, each with the bytes of its copies, in groups of at most `TOGETHER` and `row` bytes, or of one piece.
+
+    They are taken to be alike: the next one is not asked for before the group is done, because a buffer that waits to
+    be copied is copied as a whole by who writes to it meanwhile.
+    """
     group: list[T] = []
     size = 0
     for piece, nbytes in pieces:
-        if group and size + nbytes > min(TOGETHER, row):
-            yield group
-            group, size = [], 0
         group.append(piece)
         size += nbytes
+        if size + nbytes > min(TOGETHER, row):
+            yield group
+            group, size = [], 0
     if group:
         yield group
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from mlx_lm.utils import load_tokenizer
 from service.engine import batches, cohorts, demo_model, mlx_backend, warmup
 from service.engine.backend import Row, StepResult
 from service.engine.batches import LEAST_PLANNED, PLANNED_STEP, PrefillBatch, trim_plain
+from service.engine.decode_batch import DecodeBatch
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
 from service.engine.memory import MemoryModel
@@ -455,6 +457,35 @@ def test_where_cudnn_plans_one_row_has_decoded_in_buffers_of_each_size_before_tr
         patch.setattr(type(backend.model), "__call__", model)
         backend.warm_up(lambda *_: None)
     assert set(range(512, backend.info.context_length, 256)) <= alone_in
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths", "cost"),
+    [
+        ([0.010, 0.0099, 0.010, 0.013, 0.019], [32, 64, 128, 256], (0.019 - 0.013) / 128),
+        ([0.010, 0.018], [32], 0.008 / 32),
+        ([0.010] * 8, [32, 64, 128, 256, 512, 1024, 2048], 0.0),
+    ],
+)
+def test_the_cost_of_context_is_measured_where_it_shows(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch, steps: list[float], lengths: list[int], cost: float
+) -> None:
+    """On a GPU some of it takes no time, because Python takes as long to launch the step."""
+    seen: list[int] = []
+
+    def stretch(_: DecodeBatch, length: int) -> bool:
+        seen.append(length)
+        return True
+
+    assert backend.info.context_length // 2 == 2048
+    monkeypatch.setattr(warmup, "DEEP", 32)
+    monkeypatch.setattr(DecodeBatch, "stretch", stretch)
+    found = warmup.Warmup(backend, Settings().engine, clock=time.perf_counter)
+    monkeypatch.setattr(found, "_deep", 16, raising=False)
+    scripted = iter(steps)
+    monkeypatch.setattr(found, "_steps", lambda _: next(scripted))
+    assert found._context_cost(4) == pytest.approx(cost / 4)
+    assert seen == lengths
 
 
 def test_the_first_chunk_of_a_shape_is_no_lesson_where_it_makes_cudnn_plan(

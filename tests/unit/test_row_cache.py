@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
 from service.engine.memory import KV_STEP
-from service.engine.row_cache import Places, RowCache, rearranged, rounded
+from service.engine.row_cache import TOGETHER, Places, RowCache, in_turns, rearranged, rounded
 from service.engine.warmup import exhaust
 
 HEADS, WIDTH = 2, 8
@@ -188,3 +188,18 @@ def test_writing_joining_and_leaving_copy_a_row_and_never_the_batch() -> None:
 
 def test_capacity_is_rounded_up_as_caches_grow() -> None:
     assert [rounded(n) for n in (1, 256, 257)] == [256, 256, 512]
+
+
+def test_layers_are_copied_in_groups_of_what_a_row_takes_and_none_is_touched_before_its_turn() -> None:
+    asked: list[int] = []
+
+    def layers() -> Iterator[tuple[int, int]]:
+        for number in range(7):
+            asked.append(number)
+            yield number, 10
+
+    seen = [(group, len(asked)) for group in in_turns(layers(), row=35)]
+    assert seen == [([0, 1, 2], 3), ([3, 4, 5], 6), ([6], 7)]
+    assert list(in_turns(layers(), row=5)) == [[number] for number in range(7)]
+    large = ((number, TOGETHER // 2) for number in range(3))
+    assert list(in_turns(large, row=9 * TOGETHER)) == [[0, 1], [2]]
