@@ -360,17 +360,29 @@ def test_a_cache_of_another_kind_is_not_cut(backend: MlxBackend) -> None:
     assert [layer.offset for layer in (*window, *plain)] == [5, *([3] * len(plain))]
 
 
-def test_where_cudnn_plans_the_chunks_of_a_long_prompt_are_planned_before_traffic(
+def test_where_cudnn_plans_it_has_planned_for_a_long_prompt_before_traffic(
     backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For its chunks, and for its row in buffers of each size: one alone has no mask, and attention is cuDNN's."""
+    alone_in: set[int] = set()
     with monkeypatch.context() as patch:
         forwarded = Forwarded(patch, backend)
+        run = type(backend.model).__call__
+
+        def model(itself: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
+            logits = run(itself, inputs, cache=cache)
+            if inputs.shape == (1, 1) and isinstance(cache[0], RowCache):
+                alone_in.add(cache[0].capacity[1])
+            return logits
+
+        patch.setattr(type(backend.model), "__call__", model)
         backend.warm_up(lambda *_: None)
     longest = backend.info.context_length - 1
     most = max(size for _, size in forwarded)
     for size in (256, 512):
         assert most >= size
         assert {(at, size) for at in range(0, longest // size * size, size)} <= set(forwarded)
+    assert set(range(512, backend.info.context_length, 256)) <= alone_in
 
 
 @pytest.mark.parametrize(("cached", "length"), [(0, 2), (0, 158), (0, 640), (26, 40), (26, 999), (300, 257)])
@@ -437,26 +449,6 @@ def test_where_cudnn_plans_chunks_of_several_rows_have_few_widths_and_the_prompt
         assert one.offset == other.offset
         assert mx.allclose(one.keys, other.keys, atol=1e-4)
         assert mx.allclose(one.values, other.values, atol=1e-4)
-
-
-def test_where_cudnn_plans_one_row_has_decoded_in_buffers_of_each_size_before_traffic(
-    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one row there is no mask, and attention is cuDNN's: a plan for each capacity."""
-    alone_in: set[int] = set()
-    run = type(backend.model).__call__
-
-    def model(itself: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
-        logits = run(itself, inputs, cache=cache)
-        if inputs.shape == (1, 1) and isinstance(cache[0], RowCache):
-            alone_in.add(cache[0].capacity[1])
-        return logits
-
-    with monkeypatch.context() as patch:
-        Forwarded(patch, backend)
-        patch.setattr(type(backend.model), "__call__", model)
-        backend.warm_up(lambda *_: None)
-    assert set(range(512, backend.info.context_length, 256)) <= alone_in
 
 
 @pytest.mark.parametrize(
