@@ -31,6 +31,7 @@ class Job:
     cancelled: bool = False
     token_at: float = 0.0
     """When the last token was there."""
+    spoke: bool = False
 
     @property
     def request(self) -> GenerationRequest:
@@ -96,6 +97,11 @@ class Job:
         """What fairness charges for the next token. The prompt was charged at admission, as a whole: with the first
         token comes back what the prefix cache had of it."""
         return 1 if self.meter.completion_tokens else 1 - self.meter.cached_tokens
+
+    def begins_to_speak(self) -> bool:
+        """Whether this is its first text: true once. A first token may be half a character and have none."""
+        first, self.spoke = not self.spoke, True
+        return first
 
     def advance(self, token: Token, now: float) -> tuple[str, FinishReason | None]:
         """Take one token, which is there since `now`: (text now certain, how the generation ended by it).

@@ -270,7 +270,7 @@ class Worker:
                     if token.finish_reason is None:
                         stopped.append(token.uid)
                 elif text:
-                    self._outbox.post(job.generation, Delta(text), urgent=job.meter.completion_tokens == 1)
+                    self._outbox.post(job.generation, Delta(text), urgent=job.begins_to_speak())
         self._telemetry.decoded(counted)
         for uid, error in result.failed:
             if job := self._jobs.get(uid):

@@ -3,8 +3,7 @@
 32 streams of 128 tokens go to a service in a process of its own, with every layer on. What its engine takes is measured
 in this process, on such prompts, and taken off. Both are told in units of a piece of Python that makes one event of a
 stream, measured while they run: who shares the machine makes all three slower alike. (Measured before or after instead,
-the same service scattered by a third.) The least of several rounds counts: what else
-happens only adds to it.
+the same service scattered by a third.) The least of several rounds counts: what else happens only adds to it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.backend import StepResult
+from service.engine.backend import Row, StepResult
 from service.engine.generation import Generation
 from service.errors import CredentialRevoked
+from tests.fakes import fake_tokenizer, letters
 from tests.timed import ByHand, TimedBackend
 
 BRIEF = 0.002
@@ -48,6 +49,23 @@ def test_what_waits_goes_with_what_cannot() -> None:
     hand.turns_until(lambda: short.finished)
     assert pieces(hand, short) == [1, 3]
     assert sum(pieces(hand, long)) == long.meter.completion_tokens == 8
+
+
+def test_a_first_text_does_not_wait_where_the_first_token_has_none() -> None:
+    """A character of two tokens, beside a stream that has just had a piece."""
+    half, rest = fake_tokenizer().encode("é")
+
+    def script(row: Row, index: int) -> int:
+        return (half, rest)[index] if index < 2 and len(row.prompt) == 7 else letters(row, index)
+
+    hand = ByHand(TimedBackend(decode_base=BRIEF, script=script), delivery_interval=1.0)
+    hand.submit("a", max_tokens=1000)
+    hand.turn(5)
+    second = hand.submit("b", prompt=7, max_tokens=1000)
+    hand.turns_until(lambda: second.meter.completion_tokens == 1)
+    assert second not in hand.said
+    hand.turn()
+    assert [delta.text for delta in hand.said[second]] == ["é"]
 
 
 def test_nothing_waits_for_the_prompt_of_a_newcomer() -> None:
