@@ -24,7 +24,7 @@ from service.auth.failure_audit import AuthFailure, FailureAudit
 from service.auth.issuers import Issuers
 from service.auth.jwt import Issuer, TokenVerifier
 from service.auth.key_store import DatabaseKeyStore
-from service.auth.keyring import POLL_INTERVAL, KeyRing
+from service.auth.keyring import KeyRing
 from service.auth.pepper import SECRET_BYTES, Peppers, pepper_file
 from service.auth.revocation import RunningGrants
 from service.errors import StorageUnavailable
@@ -123,6 +123,7 @@ class AccessService:
             storage_up=lambda: self._keys.reached if auth.enabled else None,
             issuers=self._issuers,
         )
+        self._keys.on_poll(self._denials.up_to)
         self._keys.on_change(self.control.running.recheck)
         self._denials.on_change(self.control.running.recheck)
 
@@ -184,7 +185,6 @@ class AccessService:
         await asyncio.wait(tasks, timeout=OPEN_PATIENCE)
         tasks += [
             self._task("keys", self._keys.run()),
-            self._task("denials", self._denials.follow(POLL_INTERVAL)),
             self._task("auth-failures", self.control.failures.follow()),
         ]
         self._issuers.run(self._task)
@@ -242,7 +242,7 @@ class AccessService:
     async def refresh(self) -> None:
         """Look at once at what is looked at from time to time: keys, deny-list, keys of issuers."""
         if self._settings.auth.enabled:
-            await asyncio.gather(self._keys.refresh(), self._denials.refresh(), self._issuers.refresh())
+            await asyncio.gather(self._keys.refresh(), self._issuers.refresh())
 
     def _task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)

@@ -1,14 +1,14 @@
 """Tokens and subjects that an operator has denied, in memory. Belongs to the event loop's thread.
 
 By `jti` or by subject, never by a token's text: with ECDSA anybody can write the same token in a second way.
-Kept equal to the store by asking for its revision, as API keys are.
+Kept equal to the store by its revision, which counts keys and denials alike: who polls it for the keys tells it here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -94,16 +94,28 @@ class DenyList:
         began = self._clock()
         try:
             async with asyncio.timeout(self._timeout):
-                # Asked before the rows: a change in between is seen again at the next poll, never missed.
                 revision = await self._store.revision()
-                if revision != self._revision:
-                    self._replace(revision, await self._store.all_denied(self._now()))
         except (StorageUnavailable, TimeoutError):
-            self._say(readable=False)
-            return False
-        self._fresh_at = began
-        self._say(readable=True)
-        return True
+            return await self.up_to(None, began)
+        return await self.up_to(revision, began)
+
+    async def up_to(self, revision: int | None, began: float) -> bool:
+        """Hold what the store had at `revision`, which was read after `began` (of `clock`; None: it could not be).
+
+        Asked before the rows: a change in between is seen again at the next poll, never missed. False when what is
+        held is older.
+        """
+        readable = revision is not None
+        if revision is not None and revision != self._revision:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    self._replace(revision, await self._store.all_denied(self._now()))
+            except (StorageUnavailable, TimeoutError):
+                readable = False
+        if readable:
+            self._fresh_at = began
+        self._say(readable=readable)
+        return readable
 
     def _replace(self, revision: int, rows: Iterable[Denied]) -> None:
         self._until = MappingProxyType({(row.issuer, row.kind, row.value): row.expires_at for row in rows})
@@ -115,9 +127,3 @@ class DenyList:
         if readable is not self._readable:
             self._readable = readable
             (log.info if readable else log.error)("deny_list_readable" if readable else "deny_list_unreadable")
-
-    async def follow(self, interval: float, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
-        """Poll every `interval` seconds until cancelled."""
-        while True:
-            await self.refresh()
-            await sleep(interval)

@@ -27,7 +27,7 @@ from service.auth.key_format import PREFIX, MalformedKey, ParsedKey, parse
 from service.auth.last_used import FLUSH_INTERVAL, LastUsed, Touch
 from service.auth.pepper import Peppers
 from service.auth.principal import Principal, Scope
-from service.auth.snapshot import POLL_TIMEOUT, KeyStore, Snapshot
+from service.auth.snapshot import POLL_TIMEOUT, Follower, KeyStore, Snapshot
 from service.errors import CredentialRevoked, ServiceError, StorageUnavailable, Unauthorized
 from service.observability.logging import get_logger
 from service.settings import ConfigurationError
@@ -96,6 +96,7 @@ class KeyRing:
         self._compare = compare
         self._stand_in = secrets.token_bytes(32)
         self._networks: dict[tuple[str, ...], tuple[Network, ...]] = {}
+        self._principals: dict[str, tuple[KeyRecord, Principal]] = {}
 
     @property
     def reached(self) -> bool:
@@ -120,6 +121,10 @@ class KeyRing:
         """Call `listener` after each change of any key; then `Grant.refusal` may have changed. It must not raise."""
         self._snapshot.on_change(listener)
 
+    def on_poll(self, follower: Follower) -> None:
+        """As `Snapshot.on_poll`."""
+        self._snapshot.on_poll(follower)
+
     def recognises(self, credential: str) -> bool:
         return credential.startswith(PREFIX)
 
@@ -138,7 +143,15 @@ class KeyRing:
         if record is None or refusal is not None:
             raise Unauthorized(refusal or Refusal.UNKNOWN)
         self._last_used.note(record.kid, self._now())
-        return KeyGrant(_principal(record), record, address, self)
+        return KeyGrant(self._principal(record), record, address, self)
+
+    def _principal(self, record: KeyRecord) -> Principal:
+        """Whose key it is; made once for each record of the snapshot."""
+        known, principal = self._principals.get(record.kid, (None, None))
+        if known is not record or principal is None:
+            principal = _principal(record)
+            self._principals[record.kid] = record, principal
+        return principal
 
     def _judge(self, key: ParsedKey, address: str) -> tuple[KeyRecord | None, Refusal | None]:
         """What the snapshot says; the same work for every key that nobody has the secret of."""
@@ -179,6 +192,7 @@ class KeyRing:
 
     def _reloaded(self) -> None:
         self._networks.clear()
+        self._principals.clear()
         if not self._snapshot.pepper_versions() - self._peppers.versions:
             return
         try:  # on the loop: a small file, read only after another process added a pepper to it

@@ -26,6 +26,10 @@ LOAD_TIMEOUT = 20.0
 """The same for reading all keys, which happens after a change only."""
 
 
+Follower = Callable[[int | None, float], Awaitable[object]]
+"""Told after each poll which revision it read (None: it could not) and when it began. Must not raise."""
+
+
 class KeyStore(Protocol):
     """What the snapshot needs of the store. Both raise StorageUnavailable when it cannot be read."""
 
@@ -53,6 +57,7 @@ class Snapshot:
         self._fresh_at: float | None = None
         self._readable = True
         self._listeners: tuple[Callable[[], None], ...] = ()
+        self._followers: tuple[Follower, ...] = ()
         self._running: asyncio.Task[bool] | None = None
         self._next: asyncio.Task[bool] | None = None
 
@@ -70,6 +75,10 @@ class Snapshot:
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` on the event loop after each change. It must not raise."""
         self._listeners = (*self._listeners, listener)
+
+    def on_poll(self, follower: Follower) -> None:
+        """Have `follower` told of the revision that each poll reads. The poll lasts until it knows."""
+        self._followers = (*self._followers, follower)
 
     async def refresh(self) -> bool:
         """Poll the store with a query that begins after this call; False when it could not be read.
@@ -95,7 +104,7 @@ class Snapshot:
         return readable
 
     async def _poll(self) -> bool:
-        began = self._clock()
+        began, revision, readable = self._clock(), None, False
         try:
             async with asyncio.timeout(self._poll_timeout):
                 # Asked before the keys: a change in between is seen again at the next poll, never missed.
@@ -103,10 +112,12 @@ class Snapshot:
             if revision != self._revision:
                 async with asyncio.timeout(self._load_timeout):
                     self._replace(revision, await self._store.all_keys())
+            self._fresh_at, readable = began, True
         except (StorageUnavailable, TimeoutError):
-            return False
-        self._fresh_at = began
-        return True
+            pass
+        for follower in self._followers:
+            await follower(revision, began)
+        return readable
 
     def _replace(self, revision: int, records: Sequence[KeyRecord]) -> None:
         self._records = MappingProxyType({record.kid: record for record in records})

@@ -79,16 +79,19 @@ class RequestRate:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, max_keys: int = MAX_KEYS) -> None:
         self._clock = clock
         self._limiter = build_limiter(clock, max_keys)
+        assert isinstance(self._limiter.storage, MonotonicWindows)
+        self._windows = self._limiter.storage
         self._limits = lru_cache(KNOWN_LIMITS)(parse_limits)
 
     def hit(self, principal_id: str, plan: PlanSettings) -> RateState:
         """Count one request, unless that is more than the plan allows. The id must not be empty."""
-        refused = self.refusal(principal_id, plan)
-        if refused is not None:
-            return refused
+        if not principal_id:
+            raise ValueError("a request without a principal")
         minute, second = self._limits(plan.requests_per_minute, plan.request_burst)
-        # In a race between threads each limit holds by itself; one that loses the second hit has lost a place.
-        if not (self._limiter.hit(second, principal_id) and self._limiter.hit(minute, principal_id)):
+        if not self._limiter.hit(second, principal_id):
+            return self._refused(principal_id, minute, second)
+        if not self._limiter.hit(minute, principal_id):
+            self._windows.take_back(second.key_for(principal_id))
             return self._refused(principal_id, minute, second)
         remaining = self._limiter.get_window_stats(minute, principal_id).remaining
         return RateState(
@@ -115,8 +118,7 @@ class RequestRate:
             stats = self._limiter.get_window_stats(limit, principal_id)
             if stats.remaining <= 0:
                 waits.append(stats.reset_time - now)
-        assert isinstance(self._limiter.storage, MonotonicWindows)
-        newest = self._limiter.storage.newest(minute.key_for(principal_id))
+        newest = self._windows.newest(minute.key_for(principal_id))
         return RateState(
             allowed=False,
             limit=minute.amount,

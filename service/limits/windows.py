@@ -98,6 +98,13 @@ class MonotonicWindows(Storage, MovingWindowSupport):
             window.trim(now)
             return (window.hits[0], len(window.hits)) if window.hits else (now, 0)
 
+    def take_back(self, key: str) -> None:
+        """Make the last hit not counted; nothing where there is none."""
+        with self._lock:
+            window = self._windows.get(key)
+            if window is not None and window.hits:
+                window.hits.pop()
+
     def newest(self, key: str) -> float | None:
         """The time of the last hit, or None when there is none."""
         with self._lock:

@@ -22,6 +22,10 @@ from typing import Final, Protocol, TextIO
 BATCH: Final = 256
 """Most lines that are written at once."""
 
+GATHERING: Final = 0.02
+"""Seconds that a line may wait for others to be written with it: to wake the thread for each one takes the interpreter
+away from whoever has just logged, for longer than the writing does."""
+
 FLUSH_TIMEOUT: Final = 2.0
 """Seconds for what is queued when the process ends; whatever is left then is lost."""
 END_TIMEOUT: Final = 0.2
@@ -106,6 +110,7 @@ class LineWriter:
         self._dropped = 0
         self._noticed = 0
         self._closed = False
+        self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -136,6 +141,7 @@ class LineWriter:
             return self._ended
         reached = threading.Event()
         self._queue.put(reached)
+        self._hurry.set()
         return reached.wait(timeout)
 
     def close(self, timeout: float = FLUSH_TIMEOUT) -> bool:
@@ -143,6 +149,7 @@ class LineWriter:
         if not self._closed:
             self._closed = True
             self._queue.put(None)
+            self._hurry.set()
         if self._thread is not None:
             self._thread.join(timeout)
         return self._ended
@@ -168,6 +175,9 @@ class LineWriter:
         ended = False
         while not ended:
             batch = [self._queue.get()]
+            if self._queue.qsize() < BATCH:
+                self._hurry.wait(GATHERING)
+                self._hurry.clear()  # whatever is in a hurry was put before it said so
             with suppress(Empty):
                 while len(batch) < BATCH:
                     batch.append(self._queue.get_nowait())

@@ -4,28 +4,31 @@ Event names are snake_case and say what happened; everything else is a field. Ne
 token: `redaction.py` has what is done about those that get here all the same. Libraries are heard from `warning` up.
 `configure` is called once, by the command line, before anything else runs; any thread may log, and none ever waits
 for whoever reads (`log_queue.py`). What must be known at the moment of logging (the log context, an exception, the
-values) is put together there; the line is made of it on the writer's thread.
+values) is put together there; the line is made of it on the writer's thread. Our own events go to the handler
+directly: each request has one, and the standard library's way there takes as long as all the rest of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import logging.handlers
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TextIO
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple, TextIO
 
 import structlog
-from structlog.stdlib import BoundLogger
 from structlog.tracebacks import ExceptionDictTransformer
+from structlog.typing import EventDict, FilteringBoundLogger
 
+from service.observability.log_console import as_console
 from service.observability.log_file import LogFile
 from service.observability.log_queue import END_TIMEOUT, Descriptor, LineWriter, Outlet, Stream
 from service.observability.redaction import MAX_ITEMS, cut, plain, redact, without_words
@@ -40,12 +43,12 @@ MAX_LINE: Final = 32 * 1024
 """Characters of one line. Of a longer one its beginning is kept, as a text in the field `cut`."""
 MAX_FRAMES: Final = 30
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LEVELS = MappingProxyType({name.lower(): number for name, number in logging.getLevelNamesMapping().items()})
 
 
-def get_logger(name: str) -> BoundLogger:
-    """A logger for the module `name`; it takes its configuration at the first event, not here."""
-    logger: BoundLogger = structlog.stdlib.get_logger(name)
+def get_logger(name: str) -> FilteringBoundLogger:
+    """A logger for the module `name`; it takes its configuration at each event, not here."""
+    logger: FilteringBoundLogger = structlog.get_logger(name)
     return logger
 
 
@@ -65,13 +68,9 @@ def configure(
     terminal = file is None and (stream or sys.stderr).isatty()
     as_json = fmt == "json" or (fmt == "auto" and not terminal)
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.contextvars.merge_contextvars,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        processors=[_at_level, structlog.contextvars.merge_contextvars, _with_level],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),  # the level may change: `_at_level`
+        logger_factory=_Handed,
         cache_logger_on_first_use=False,
     )
     outlet = _outlet(stream) if file is None else LogFile(file)
@@ -79,7 +78,7 @@ def configure(
     for former in _queued():
         former.flush()
         former.close()
-    root.handlers = [QueuedHandler(outlet, json.dumps if as_json else _as_console(colors=terminal), queue_lines)]
+    root.handlers = [QueuedHandler(outlet, json.dumps if as_json else as_console(colors=terminal), queue_lines)]
     set_level(level)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio"):
         library = logging.getLogger(name)
@@ -145,6 +144,14 @@ def log_uncaught() -> None:
     )
 
 
+class _Event(NamedTuple):
+    """One of ours, as structlog hands it over."""
+
+    logger: str
+    level: str
+    said: Fields
+
+
 class QueuedHandler(logging.handlers.QueueHandler):
     """Takes what a line will say at the moment of logging, and hands it to the writer's thread."""
 
@@ -156,24 +163,28 @@ class QueuedHandler(logging.handlers.QueueHandler):
         self._exception = ExceptionDictTransformer(show_locals=False, max_frames=MAX_FRAMES)
 
     def filter(self, record: logging.LogRecord) -> Any:
-        """Ours at every level; libraries from `warning` up."""
-        return (_is_ours(record) or record.levelno >= logging.WARNING) and super().filter(record)
+        """Libraries from `warning` up."""
+        return record.levelno >= logging.WARNING and super().filter(record)
 
-    def prepare(self, record: logging.LogRecord) -> Any:
+    def prepare(self, record: logging.LogRecord | _Event) -> Any:
         """What the line says, as values that belong to nobody else."""
-        said: Mapping[str, Any]
-        if _is_ours(record):
-            said = record.msg  # type: ignore[assignment]
-        else:
-            said = {"event": _message(record), **structlog.contextvars.get_contextvars()}
-        fields = {name: plain(value) for name, value in list(said.items())[:MAX_ITEMS] if name != "exc_info"}
-        if (exc_info := _exc_info(said.get("exc_info") or record.exc_info)) is not None:
-            fields["exception"] = without_words(self._exception(exc_info))
+        if isinstance(record, _Event):
+            return self._put_together(
+                {"timestamp": time.time(), "level": record.level, "logger": record.logger}, record.said
+            )
         about = {"timestamp": record.created, "level": record.levelname.lower(), "logger": record.name}
-        return {**about, "event": "", **fields, **about}
+        said = {"event": _message(record), **structlog.contextvars.get_contextvars(), "exc_info": record.exc_info}
+        return self._put_together(about, said)
 
     def enqueue(self, record: Any) -> None:
         self.writer.put(partial(_line, self._render, record))
+
+    def _put_together(self, about: Fields, said: Fields) -> Fields:
+        given = said.pop("exc_info", None)
+        fields = {name: plain(value) for name, value in itertools.islice(said.items(), MAX_ITEMS)}
+        if (exc_info := _exc_info(given)) is not None:
+            fields["exception"] = without_words(self._exception(exc_info))
+        return {**about, "event": "", **fields, **about}
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 -- the standard library's name
         """A line that could not be put together, as one whose arguments do not fit, is counted with the lost ones."""
@@ -191,6 +202,32 @@ class QueuedHandler(logging.handlers.QueueHandler):
     def _notice(self, missing: int) -> str:
         about = {"timestamp": time.time(), "level": "warning", "logger": __name__}
         return _line(self._render, {**about, "event": "log_lines_dropped", "lines": missing})
+
+
+class _Handed:
+    """Where structlog's events of the logger `name` end: with the handler."""
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+
+    def _take(self, level: str, said: Fields) -> None:
+        event = _Event(self._name, level, said)
+        for handler in _queued():
+            handler.emit(event)  # type: ignore[arg-type]  # hands it to `prepare` and `enqueue`, and bears what they raise
+
+    debug = info = warning = error = critical = _take
+
+
+def _at_level(_: Any, method: str, event: EventDict) -> EventDict:
+    """Drops what is below the level that is in force."""
+    if _LEVELS[method] < logging.getLogger().level:
+        raise structlog.DropEvent
+    return event
+
+
+def _with_level(_: Any, method: str, event: EventDict) -> tuple[tuple[str, EventDict], EventDict]:
+    """What structlog calls the logger's method with."""
+    return (method, event), {}
 
 
 def _queued() -> list[QueuedHandler]:
@@ -211,10 +248,6 @@ def _outlet(stream: TextIO | None) -> Outlet:
         return Descriptor(stream.fileno())
     except (OSError, ValueError):  # it has none, or is closed
         return Stream(lambda: stream)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    return isinstance(record.msg, dict) and hasattr(record, "_name")  # as structlog hands it over
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -240,31 +273,3 @@ def _line(render: Callable[[Fields], str], fields: Fields) -> str:
         short = {name: cut(str(fields[name]), MAX_LINE // 64) for name in kept if name in fields}
         line = redact(render({**short, "cut": line[: MAX_LINE // 4]}))
     return f"{line}\n"
-
-
-def _as_console(*, colors: bool) -> Callable[[Fields], str]:
-    """Lines for people; control characters are shown, not obeyed."""
-    renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-
-    def render(fields: Fields) -> str:
-        seen: Fields = {name: _visible(value) for name, value in fields.items()}
-        if isinstance(stacks := fields.get("exception"), list):
-            seen["exception"] = "\n".join(_visible(line) for line in _traceback(stacks))
-        return str(renderer(None, fields["level"], seen))
-
-    return render
-
-
-def _visible(value: Any) -> Any:
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], value) if isinstance(value, str) else value
-
-
-def _traceback(stacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """An exception in Python's form, its causes first."""
-    for stack in reversed(stacks):
-        yield "Traceback (most recent call last):"
-        for frame in stack["frames"]:
-            yield f'  File "{frame["filename"]}", line {frame["lineno"]}, in {frame["name"]}'
-        yield f"{stack['exc_type']}: {stack['exc_value']}"
-        for inner in stack.get("exceptions", ()):
-            yield from (f"  | {line}" for line in _traceback(inner))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from prometheus_client import Histogram
 
 
@@ -11,7 +13,4 @@ class RepeatedHistogram(Histogram):
     def observe_times(self, amount: float, times: int) -> None:
         """As `times` calls of `observe(amount)`. Any thread. Relies on the parent's fields, which a test compares."""
         self._sum.inc(amount * times)
-        for bound, bucket in zip(self._upper_bounds, self._buckets, strict=True):
-            if amount <= bound:
-                bucket.inc(times)
-                return
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(times)  # the first bound that is not below it

@@ -1,9 +1,12 @@
-"""The histograms and counters of whole requests, from their records: nothing of it is on the path of a token."""
+"""The histograms and counters of whole answers and requests: nothing of it is on the path of a token."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from prometheus_client import Counter, Histogram
 
 from service.observability.consumers import Consumers
 from service.observability.metrics import Metrics
@@ -25,6 +28,28 @@ def prompt_size(tokens: int) -> str:
 
 def no_exemplar() -> None:
     """There are no traces."""
+
+
+KNOWN_ANSWERS = 1024
+"""Kinds of answers whose series are kept at hand."""
+
+
+class AnswerMetrics:
+    """Counts answers of any kind. `route` is a template, `method` one of a few: clients must not choose labels."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._series = lru_cache(KNOWN_ANSWERS)(self._look_up)
+
+    def __call__(self, route: str, method: str, status: int, seconds: float) -> None:
+        """An answer is over, so long after its request began."""
+        requests, duration = self._series(route, method, status)
+        requests.inc()
+        duration.observe(seconds)
+
+    def _look_up(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        metrics = self._metrics
+        return metrics.http_requests.labels(route, method, str(status)), metrics.http_request_duration.labels(route)
 
 
 class RequestMetrics:

@@ -6,7 +6,7 @@ A row is written once and never changed; what is older than is kept is pruned. D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Literal
@@ -51,6 +51,9 @@ class UsageRow:
     finish_reason: str
 
 
+_FIELDS = tuple(field.name for field in fields(UsageRow))
+
+
 @dataclass(frozen=True, slots=True)
 class UsageSum:
     """Requests and tokens of one day, key, tenant or model; `cached_tokens` are among the prompt's.
@@ -88,7 +91,7 @@ def append(connection: Connection, rows: Sequence[UsageRow]) -> None:
         return
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     new = insert(USAGE).on_conflict_do_nothing(index_elements=[USAGE.c.id])
-    connection.execute(new, [asdict(row) for row in rows])
+    connection.execute(new, [{name: getattr(row, name) for name in _FIELDS} for row in rows])
 
 
 def totals(connection: Connection, principal: str, since: float) -> int:

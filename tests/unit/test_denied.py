@@ -102,13 +102,17 @@ class Rows:
 
     async def revision(self) -> int:
         self.asked += 1
+        await self._answer()
+        return 1
+
+    async def _answer(self) -> None:
         if self.silent:
             await asyncio.Event().wait()
         if self.broken:
             raise StorageUnavailable("broken")
-        return 1
 
     async def all_denied(self, now: float) -> Sequence[Denied]:
+        await self._answer()
         return [Denied(issuer="acme", kind="jti", value="t1", expires_at=now + 60, created_at=now)]
 
 
@@ -144,15 +148,28 @@ async def test_what_is_known_is_gone_by_for_a_while_when_the_store_cannot_be_rea
     assert readable(listed)
 
 
-async def test_a_follower_polls_until_it_is_stopped() -> None:
-    listed, rows, _ = scripted()
-    pauses: list[float] = []
+async def test_who_polls_for_the_keys_polls_for_the_denials_too() -> None:
+    listed, rows, clock = scripted()
+    heard: list[int] = []
+    listed.on_change(lambda: heard.append(1))
+    assert await listed.up_to(1, 0.0)
+    assert (readable(listed), listed.denies(TOKEN), rows.asked, heard) == (True, True, 0, [1])
+    clock.now = 60.1
+    assert await listed.up_to(1, 30.0)
+    assert (readable(listed), heard) == (True, [1]), "as old as the poll's beginning, and not read again"
+    assert not await listed.up_to(None, 60.0)
+    clock.now = 90.1
+    assert not readable(listed)
 
-    async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 3:
-            raise asyncio.CancelledError
 
-    with pytest.raises(asyncio.CancelledError):
-        await listed.follow(0.25, sleep)
-    assert (pauses, rows.asked) == ([0.25] * 3, 3)
+@pytest.mark.parametrize("way", ["broken", "silent"])
+async def test_rows_that_cannot_be_read_leave_what_is_known(way: str) -> None:
+    listed, rows, clock = scripted()
+    assert await listed.up_to(1, 0.0)
+    setattr(rows, way, True)
+    clock.now = 60.1
+    assert not await listed.up_to(2, 60.0)
+    assert (readable(listed), listed.denies(TOKEN)) == (False, True)
+    setattr(rows, way, False)
+    assert await listed.up_to(2, 60.0)
+    assert readable(listed)

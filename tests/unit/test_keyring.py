@@ -53,6 +53,15 @@ async def test_a_good_key_is_a_principal_with_all_that_its_record_says(world: Wo
     assert text.split("_")[3] not in repr(grant)
 
 
+async def test_a_principal_is_made_once_and_anew_when_its_record_has_changed(world: World) -> None:
+    text = world.add(plan="silver")
+    first, second = [(await world.ring.verify(text, HERE)).principal for _ in range(2)]
+    assert first is second
+    world.store.change(parse(text).kid, plan="gold")
+    await world.ring.refresh()
+    assert (await world.ring.verify(text, HERE)).principal.plan == "gold"
+
+
 def test_the_ring_is_a_verifier_and_its_grant_a_grant(world: World) -> None:
     verifier: Verifier = world.ring
     assert verifier.recognises("mlxd_anything")
@@ -393,6 +402,27 @@ async def test_changes_are_seen_within_a_poll_and_listeners_are_told(world: Worl
     running.cancel()
     await asyncio.wait([running])
     assert running.cancelled()
+
+
+async def test_each_poll_tells_which_revision_it_read_and_when_it_began(world: World) -> None:
+    told: list[tuple[int | None, float]] = []
+
+    async def follower(revision: int | None, began: float) -> None:
+        told.append((revision, began))
+
+    world.ring.on_poll(follower)
+    began = world.monotonic
+    await world.ring.refresh()
+    world.add()
+    world.monotonic += 1
+    await world.ring.refresh()
+    world.store.broken = True
+    await world.ring.refresh()
+    [(first, _), (second, _), _] = told
+    assert first is not None
+    assert second is not None
+    assert second > first
+    assert told == [(first, began), (second, began + 1), (None, began + 1)]
 
 
 async def test_last_uses_are_written_every_30_seconds_and_at_the_close(world: World) -> None:

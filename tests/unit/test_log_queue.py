@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service.observability import log_queue
 from service.observability.log_queue import BATCH, Descriptor, LineWriter, Stream
 
 PATIENCE = 10.0
@@ -128,6 +129,18 @@ def test_many_lines_are_one_write() -> None:
         outlet.flowing.set()
         assert writer.flush(PATIENCE)
     assert outlet.writes == 2
+
+
+def test_lines_wait_for_others_but_nobody_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_queue, "GATHERING", 10 * PATIENCE)
+    outlet = Outlet()
+    with writing(outlet) as writer:
+        put(writer, *numbered(10))
+        assert writer.flush(PATIENCE)
+        assert (outlet.lines, outlet.writes) == (numbered(10), 1)
+        put(writer, "last\n")
+        assert writer.close(PATIENCE)
+        assert (outlet.lines[-1], outlet.writes) == ("last\n", 2)
 
 
 def test_several_outlets_keep_one_order_and_only_the_logs_own_gets_a_notice() -> None:

@@ -141,9 +141,9 @@ def test_of_100_threads_that_race_for_10_exactly_10_win() -> None:
     assert (len(allowed), sum(allowed)) == (100, 10)
 
 
-def test_who_is_overtaken_between_the_look_and_the_hit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_looked_before_and_was_overtaken_is_refused() -> None:
     rate = RequestRate(clock=Clock())
-    monkeypatch.setattr(rate, "refusal", lambda *_: None)
+    assert rate.refusal("p", TEN) is None
     states = [rate.hit("p", TEN) for _ in range(11)]
     assert [state.allowed for state in states] == [True] * 10 + [False]
     assert states[-1].retry_after == 60.0
@@ -281,6 +281,11 @@ def test_the_storage_keeps_the_contract_of_the_library() -> None:
     assert limiter.get_window_stats(item, "p").remaining == 3
     assert storage.newest(item.key_for("p")) is None
     assert limiter.hit(item, "q")  # and the emptied window in front is dropped
+    assert len(storage) == 1
+    assert limiter.hit(item, "q", cost=2)
+    storage.take_back(item.key_for("q"))
+    assert limiter.get_window_stats(item, "q").remaining == 1
+    storage.take_back("none")
     assert len(storage) == 1
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +14,7 @@ from service.api.health import PUBLIC_PATHS
 from service.errors import Internal
 from service.observability.logging import get_logger
 from service.observability.metrics import Metrics
+from service.observability.request_metrics import AnswerMetrics
 
 log = get_logger(__name__)
 
@@ -30,6 +31,7 @@ class AccessLog:
         self._app = app
         self._metrics = metrics
         self._clock = clock
+        self._count = AnswerMetrics(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,8 +50,7 @@ class AccessLog:
         method = scope["method"] if scope["method"] in METHODS else "other"
         status = record.outcome()
         seconds = self._clock() - record.began
-        self._metrics.http_requests.labels(route, method, str(status)).inc()
-        self._metrics.http_request_duration.labels(route).observe(seconds)
+        self._count(route, method, status, seconds)
         client = scope.get("client")
         fields: dict[str, Any] = {
             "method": method,
@@ -102,12 +103,17 @@ class _Record:
         self._left = self._left or message["type"] == "http.disconnect"
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        """No coroutine of its own: a stream has a message for each hand-over."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self.first = self._clock()
         elif message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return self._send_last(message)
+        return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
         await self._send(message)
-        ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-        self.complete = ended and not self._left
+        self.complete = not self._left

@@ -7,7 +7,7 @@ knew ends here: a log line, a count, and the standard error if the answer has no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -38,7 +38,8 @@ class RequestContext:
     Without `tracing` a caller's trace is only named in the log. With it, the `trace` of a request is in the scope's
     state (None where none is kept), and its answer names it.
 
-    A layer inside may put `answer_headers` into the scope's state: a function whose pairs every answer then has.
+    A layer inside may put `answer_headers` into the scope's state: a function whose pairs every answer then has. Nobody
+    else may give a header of such a name.
     """
 
     def __init__(
@@ -113,12 +114,13 @@ class _Responder:
         self._finished = False
         self._is_stream = False
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        """No coroutine of its own, as in the access log."""
         if message["type"] == "http.response.start":
             self._start(message)
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._finished = True
-        await self._send(message)
+        return self._send(message)
 
     def _start(self, message: Message) -> None:
         self.status = message["status"]
@@ -128,8 +130,7 @@ class _Responder:
         headers.setdefault("cache-control", "no-store")
         if (trace := self._state["trace"]) is not None:
             headers["traceparent"] = trace.traceparent
-        for name, value in self._state["answer_headers"]():
-            headers[name] = value
+        headers.raw.extend((name.encode(), value.encode()) for name, value in self._state["answer_headers"]())
         self._is_stream = headers.get("content-type", "").startswith(MEDIA_TYPE)
 
     async def fail(self, errors: ErrorRenderer, scope: Scope, receive: Receive) -> None:
