@@ -9,8 +9,10 @@ twenty tokens of prompt and output, where OpenAI's count what was generated.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -36,17 +38,22 @@ class RowSampling:
         self.params = params
         self.adjusted = adjusts(params)
         unseeded = params.seed is None and params.temperature  # to ask the system takes time, and greedy rows need none
-        seed = entropy(SEED_BITS) if unseeded else params.seed or 0
-        self._seed = seed & (1 << SEED_BITS) - 1
+        self._seed = (entropy(SEED_BITS) if unseeded else params.seed or 0) & (1 << SEED_BITS) - 1
+        self._draws = 0
         self._prompt = prompt if params.repetition_penalty != 1 else ()
         self.generated = False
         """Whether a token was drawn: the first input is the last token of the prompt."""
-        self._key: mx.array | None = None
         self._counts: mx.array | None = None
 
-    def key(self) -> mx.array:
-        """(2,): of the row's next draw. Two seeds give unrelated keys, and so each is free to count on."""
-        return mx.random.split(mx.random.key(self._seed))[0] if self._key is None else self._key
+    @cached_property
+    def _key(self) -> tuple[int, int]:
+        """Of the first draw. Two seeds give unrelated keys, and so each is free to count on."""
+        digest = hashlib.blake2b(self._seed.to_bytes(SEED_BITS // 8), digest_size=8).digest()
+        return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+    def key(self) -> tuple[int, int]:
+        """Two halves of 32 bits: of the row's next draw."""
+        return self._key[0], (self._key[1] + self._draws) % (1 << 32)
 
     def counts(self, vocab_size: int) -> mx.array:
         """(vocabulary,): how often each token was generated."""
@@ -59,9 +66,10 @@ class RowSampling:
             found[mx.array(self._prompt)] = True
         return found
 
-    def take_back(self, key: mx.array | None, counts: mx.array | None) -> None:
-        """Keep what a batch has made of the row's state."""
-        self._key, self._counts, self.generated = key, counts, True
+    def take_back(self, draws: int, counts: mx.array | None) -> None:
+        """Keep what a batch has made of the row's state: it has drawn so many times."""
+        self._draws += draws
+        self._counts, self.generated = counts, True
 
 
 def adjusts(params: SamplingParams) -> bool:
@@ -93,7 +101,7 @@ class Sampling:
         """Let the rows have their states; nothing may be drawn here afterwards."""
         adjusted = {} if self._adjust is None else self._adjust.counts_by_row()
         for index, row in enumerate(self._rows):
-            row.take_back(None if self._random is None else self._random.keys[index], adjusted.get(index))
+            row.take_back(0 if self._random is None else self._random.draws, adjusted.get(index))
 
 
 class _Adjustments:
@@ -154,8 +162,9 @@ class _Draws:
 
     def __init__(self, rows: Sequence[RowSampling], vocab_size: int) -> None:
         params = [row.params for row in rows]
-        self.keys = mx.stack([row.key() for row in rows])
-        """(rows, 2): of the next draw."""
+        self._keys = mx.array([row.key() for row in rows], dtype=mx.uint32)  # (rows, 2): of the next draw
+        self.draws = 0
+        """How often was drawn."""
         greedy = [each.temperature == 0 for each in params]
         self._greedy = mx.array(greedy) if any(greedy) else None
         self._scale = _column([1 / each.temperature if each.temperature else 1.0 for each in params])
@@ -164,41 +173,43 @@ class _Draws:
         masses = [min(each.top_p, 1.0) for each in params]
         self._tail = _column([1 - mass for mass in masses]) if min(masses) < 1 else None
         shares = [each.min_p for each in params]
-        self._share = mx.log(_column(shares)) if any(shares) else None
+        self._share = _column(shares) if any(shares) else None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """One token a row, from float32 log-probabilities (rows, vocabulary)."""
-        logits = self._cut(logprobs * self._scale)
-        shares = mx.softmax(logits, axis=-1)
+        shares = self._cut(mx.softmax(logprobs * self._scale, axis=-1))
         reached = mx.where(shares > 0, mx.cumsum(shares, axis=-1), 0.0)  # a parallel sum may step at a share of 0
-        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self.keys)
+        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
         drawn = mx.argmax(reached > uniform * reached.max(axis=-1, keepdims=True), axis=-1)  # the first of them
-        return drawn if self._greedy is None else mx.where(self._greedy, mx.argmax(logits, axis=-1), drawn)
+        return drawn if self._greedy is None else mx.where(self._greedy, mx.argmax(logprobs, axis=-1), drawn)
 
     def advance(self) -> None:
         """The keys of the last call are used up."""
-        self.keys = self.keys + mx.array([0, 1], dtype=mx.uint32)
+        self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
+        self.draws += 1
 
-    def _cut(self, logits: mx.array) -> mx.array:
+    def _cut(self, shares: mx.array) -> mx.array:
         bounds = []
         if self._above is not None or self._tail is not None:
-            bounds.append(self._likeliest(mx.sort(logits, axis=-1)))
+            bounds.append(self._likeliest(mx.sort(shares, axis=-1)))
         if self._share is not None:
-            bounds.append(logits.max(axis=-1, keepdims=True) + self._share)
+            bounds.append(shares.max(axis=-1, keepdims=True) * self._share)
         for bound in bounds:
-            logits = mx.where(logits < bound, -mx.inf, logits)
-        return logits
+            shares = mx.where(shares < bound, 0.0, shares)
+        return shares
 
     def _likeliest(self, ascending: mx.array) -> mx.array:
-        """(rows, 1): the least logit that `top_k` and `top_p` keep; what ties with it stays too."""
+        """(rows, 1): the least share that `top_k` and `top_p` keep; what ties with it stays too."""
+        tail = self._tail
         if self._above is not None:
             least = mx.take_along_axis(ascending, self._above, axis=-1)
-            if self._tail is None:
+            if tail is None:
                 return least
-            ascending = mx.where(ascending < least, -mx.inf, ascending)
-        cumulated = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)
+            ascending = mx.where(ascending < least, 0.0, ascending)
+            tail = tail * ascending.sum(axis=-1, keepdims=True)
+        cumulated = mx.cumsum(ascending, axis=-1)
         # The likeliest token always stays, whatever rounding makes of the sums.
-        dropped = mx.minimum((cumulated <= self._tail).sum(axis=-1, keepdims=True), ascending.shape[-1] - 1)
+        dropped = mx.minimum((cumulated <= tail).sum(axis=-1, keepdims=True), ascending.shape[-1] - 1)
         return mx.take_along_axis(ascending, dropped, axis=-1)
 
 

@@ -246,6 +246,7 @@ def a_reload_that_fails_changes_nothing(site: Site, pid: int) -> None:
     hang_up(site, pid)
     told = site.status()["reload"]
     assert told["problems"][0].startswith("limits.plans.gold.weight: ")
+    site.waits_for(lambda: site.events("reload_failed"))
     assert site.events("reload_failed")[-1]["problems"] == told["problems"]
     assert generate(site, max_tokens=10).status_code == 200
     metrics = site.client.get(f"{site.url}/metrics").text
