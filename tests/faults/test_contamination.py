@@ -125,13 +125,16 @@ class Swapping(MlxBackend):
         return result
 
 
-async def test_a_backend_that_swaps_rows_is_caught(tiny_long_model_dir: Path, tmp_path: Path) -> None:
-    asked = questions(60, seed=11)
+async def test_a_backend_that_swaps_rows_is_caught(
+    tiny_long_model_dir: Path, tmp_path: Path, count: Callable[[str, int, int], int]
+) -> None:
+    asked = questions(count("contamination: prompts of the swapped backend", 30, 60), seed=11)
     settings = settings_for(tiny_long_model_dir, tmp_path)
     with served(settings, Swapping(settings)) as mutant:
         together = await answers(mutant, asked, seed=12)
         with served(settings) as fresh:
             alone = [fresh.generate(q.prompt, max_tokens=q.max_tokens)["text"] for q in asked]
+    print(f"{len(wrong(together, alone))} of {len(asked)} answers are wrong")
     assert len(wrong(together, alone)) > 3
 
 
