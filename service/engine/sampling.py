@@ -1,6 +1,6 @@
 """How logits become tokens: one pass over all rows of a batch, whatever each row asks for.
 
-Belongs to the generation thread. Temperature, cuts, penalties, biases and seeds are arrays with one entry a row, so
+Belongs to the generation thread. Temperature, cuts, penalties, biases and draws are arrays with one entry a row, so
 that rows that all differ cost what equal ones do; a call for each row made a step of 32 rows 1.6 times as long on an
 H100. The filters and penalties are ours, not mlx-lm's: its filters are compiled with their parameters as constants, so
 that every new temperature or top_p costs a compilation (7 s at 32 rows on an H100), and its penalties look at the last
@@ -9,10 +9,10 @@ twenty tokens of prompt and output, where OpenAI's count what was generated.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import wraps
+from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -21,39 +21,33 @@ from service.engine.generation import SamplingParams
 
 SEED_BITS = 64
 
+DRAW_BITS = 23
+"""Of a number in [0, 1): so few that its float32 product with any sum stays below the sum."""
+
 
 class RowSampling:
     """What one row asks for, and what of it lives on while the row moves between batches.
 
-    With a seed the same logits give the same tokens, whatever runs beside the row; without one `entropy` gives as
-    many random bits as it is asked for. Penalties count what was generated, the repetition penalty the prompt too.
+    Draws come from `random`, by default one of its own: with a seed the same logits give the same tokens, whatever
+    runs beside the row. Penalties count what was generated, the repetition penalty the prompt too.
     """
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt: Sequence[int] = (),
-        entropy: Callable[[int], int] = secrets.randbits,
-    ) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int] = (), random: Random | None = None) -> None:
         self.params = params
         self.adjusted = adjusts(params)
-        unseeded = params.seed is None and params.temperature  # to ask the system takes time, and greedy rows need none
-        self._seed = (entropy(SEED_BITS) if unseeded else params.seed or 0) & (1 << SEED_BITS) - 1
-        self._draws = 0
+        self._random = random or (_seeded(params.seed) if params.temperature else None)
         self._prompt = prompt if params.repetition_penalty != 1 else ()
         self.generated = False
         """Whether a token was drawn: the first input is the last token of the prompt."""
         self._counts: mx.array | None = None
+        self.draw = 0.0
+        """A number in [0, 1): the same until the row has drawn. A greedy row has 0."""
+        self.drawn()
 
-    @cached_property
-    def _key(self) -> tuple[int, int]:
-        """Of the first draw. Two seeds give unrelated keys, and so each is free to count on."""
-        digest = hashlib.blake2b(self._seed.to_bytes(SEED_BITS // 8), digest_size=8).digest()
-        return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
-
-    def key(self) -> tuple[int, int]:
-        """Two halves of 32 bits: of the row's next draw."""
-        return self._key[0], (self._key[1] + self._draws) % (1 << 32)
+    def drawn(self) -> None:
+        """The row's draw is used up."""
+        if self._random is not None:
+            self.draw = self._random.getrandbits(DRAW_BITS) / (1 << DRAW_BITS)
 
     def counts(self, vocab_size: int) -> mx.array:
         """(vocabulary,): how often each token was generated."""
@@ -66,16 +60,65 @@ class RowSampling:
             found[mx.array(self._prompt)] = True
         return found
 
-    def take_back(self, draws: int, counts: mx.array | None) -> None:
-        """Keep what a batch has made of the row's state: it has drawn so many times."""
-        self._draws += draws
+    def take_back(self, counts: mx.array | None) -> None:
+        """Keep what a batch has made of the row's state."""
         self._counts, self.generated = counts, True
+
+
+def _seeded(seed: int | None) -> Random:
+    """A generator of a row's own. To ask the system for a seed takes time, and greedy rows need none."""
+    return Random(secrets.randbits(SEED_BITS) if seed is None else seed & (1 << SEED_BITS) - 1)  # noqa: S311 -- no secret
 
 
 def adjusts(params: SamplingParams) -> bool:
     """Whether these parameters change logits before anything is drawn."""
     plain = params.repetition_penalty == 1 and params.presence_penalty == 0 and params.frequency_penalty == 0
     return bool(params.logit_bias) or not plain
+
+
+def _fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """On a GPU one kernel instead of one for each operation: to launch one takes an H100's host some 20 us.
+
+    Compiled once for all parameters and shapes (five seconds each there, and kept in mlx's cache). A CPU has none to
+    launch, and would need a compiler.
+    """
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def run(*arrays: mx.array) -> mx.array:
+        found: mx.array = (function if mx.default_device() == mx.Device(mx.cpu) else compiled)(*arrays)
+        return found
+
+    return run
+
+
+@_fused
+def _repetition(logits: mx.array, counts: mx.array, prompted: mx.array, penalty: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    penalised = mx.where(logits < 0, logits * penalty, logits / penalty)
+    return mx.where(prompted | (counts > 0), penalised, logits)
+
+
+@_fused
+def _presence(logits: mx.array, counts: mx.array, frequency: mx.array, presence: mx.array) -> mx.array:
+    return logits.astype(mx.float32) - counts * frequency - (counts > 0) * presence
+
+
+@_fused
+def _among_likeliest(ascending: mx.array, cumulated: mx.array, tail: mx.array, most: mx.array) -> mx.array:
+    """Shares above the `tail` of the mass, `most` for the others: the likeliest token always stays."""
+    return mx.where(cumulated > tail, ascending, most)
+
+
+@_fused
+def _from(bound: mx.array, shares: mx.array) -> mx.array:
+    return mx.where(shares < bound, 0.0, shares)
+
+
+@_fused
+def _hits(shares: mx.array, reached: mx.array, total: mx.array, draw: mx.array) -> mx.array:
+    """2 for the tokens at which the running sum is beyond the draw, and what each has for the others."""
+    return mx.where((shares > 0) & (reached > draw * total), 2.0, shares)  # a parallel sum may step at a share of 0
 
 
 class Sampling:
@@ -101,7 +144,7 @@ class Sampling:
         """Let the rows have their states; nothing may be drawn here afterwards."""
         adjusted = {} if self._adjust is None else self._adjust.counts_by_row()
         for index, row in enumerate(self._rows):
-            row.take_back(0 if self._random is None else self._random.draws, adjusted.get(index))
+            row.take_back(adjusted.get(index))
 
 
 class _Adjustments:
@@ -116,7 +159,7 @@ class _Adjustments:
         self._drawn = mx.array([float(row.generated) for row in mine])
         prompts = any(row.params.repetition_penalty != 1 for row in mine)
         self._prompted = mx.stack([row.prompted(vocab_size) for row in mine]) if prompts else None
-        self._repetition = _column([row.params.repetition_penalty for row in mine])
+        self._penalty = _column([row.params.repetition_penalty for row in mine])
         self._presence = _column([row.params.presence_penalty for row in mine])
         self._frequency = _column([row.params.frequency_penalty for row in mine])
         self._counted = any(row.params.presence_penalty or row.params.frequency_penalty for row in mine)
@@ -131,18 +174,15 @@ class _Adjustments:
         return logprobs
 
     def _adjusted(self, inputs: mx.array, logits: mx.array) -> mx.array:
-        logits = logits.astype(mx.float32)
         self._next_counts = counts = self._counts.at[self._index, inputs].add(self._drawn)
-        generated = counts > 0
         if self._prompted is not None:
-            penalised = mx.where(logits < 0, logits * self._repetition, logits / self._repetition)
-            logits = mx.where(self._prompted | generated, penalised, logits)
+            logits = _repetition(logits, counts, self._prompted, self._penalty)
         if self._counted:
-            logits = logits - counts * self._frequency - generated * self._presence
+            logits = _presence(logits, counts, self._frequency, self._presence)
         if self._bias:
             rows, ids, values = self._bias
-            logits = logits.at[rows, ids].add(values)
-        return logits
+            logits = logits.astype(mx.float32).at[rows, ids].add(values)
+        return logits.astype(mx.float32)
 
     def advance(self) -> None:
         """The inputs of the last call are counted from now on."""
@@ -162,9 +202,7 @@ class _Draws:
 
     def __init__(self, rows: Sequence[RowSampling], vocab_size: int) -> None:
         params = [row.params for row in rows]
-        self._keys = mx.array([row.key() for row in rows], dtype=mx.uint32)  # (rows, 2): of the next draw
-        self.draws = 0
-        """How often was drawn."""
+        self._rows = rows
         greedy = [each.temperature == 0 for each in params]
         self._greedy = mx.array(greedy) if any(greedy) else None
         self._scale = _column([1 / each.temperature if each.temperature else 1.0 for each in params])
@@ -178,25 +216,24 @@ class _Draws:
     def __call__(self, logprobs: mx.array) -> mx.array:
         """One token a row, from float32 log-probabilities (rows, vocabulary)."""
         shares = self._cut(mx.softmax(logprobs * self._scale, axis=-1))
-        reached = mx.where(shares > 0, mx.cumsum(shares, axis=-1), 0.0)  # a parallel sum may step at a share of 0
-        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
-        drawn = mx.argmax(reached > uniform * reached.max(axis=-1, keepdims=True), axis=-1)  # the first of them
+        reached = mx.cumsum(shares, axis=-1)
+        # The first of the hits; were there none, for what rounding makes of the sums, the likeliest token.
+        drawn = mx.argmax(_hits(shares, reached, reached[:, -1:], _column([row.draw for row in self._rows])), axis=-1)
         return drawn if self._greedy is None else mx.where(self._greedy, mx.argmax(logprobs, axis=-1), drawn)
 
     def advance(self) -> None:
-        """The keys of the last call are used up."""
-        self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
-        self.draws += 1
+        """The draws of the last call are used up."""
+        for row in self._rows:
+            row.drawn()
 
     def _cut(self, shares: mx.array) -> mx.array:
-        bounds = []
+        bound = None
         if self._above is not None or self._tail is not None:
-            bounds.append(self._likeliest(mx.sort(shares, axis=-1)))
+            bound = self._likeliest(mx.sort(shares, axis=-1))
         if self._share is not None:
-            bounds.append(shares.max(axis=-1, keepdims=True) * self._share)
-        for bound in bounds:
-            shares = mx.where(shares < bound, 0.0, shares)
-        return shares
+            least = shares.max(axis=-1, keepdims=True) * self._share
+            bound = least if bound is None else mx.maximum(bound, least)
+        return shares if bound is None else _from(bound, shares)
 
     def _likeliest(self, ascending: mx.array) -> mx.array:
         """(rows, 1): the least share that `top_k` and `top_p` keep; what ties with it stays too."""
@@ -205,12 +242,10 @@ class _Draws:
             least = mx.take_along_axis(ascending, self._above, axis=-1)
             if tail is None:
                 return least
-            ascending = mx.where(ascending < least, 0.0, ascending)
+            ascending = _from(least, ascending)
             tail = tail * ascending.sum(axis=-1, keepdims=True)
-        cumulated = mx.cumsum(ascending, axis=-1)
-        # The likeliest token always stays, whatever rounding makes of the sums.
-        dropped = mx.minimum((cumulated <= tail).sum(axis=-1, keepdims=True), ascending.shape[-1] - 1)
-        return mx.take_along_axis(ascending, dropped, axis=-1)
+        kept = _among_likeliest(ascending, mx.cumsum(ascending, axis=-1), tail, ascending[:, -1:])
+        return kept.min(axis=-1, keepdims=True)
 
 
 def _normalised(logits: mx.array) -> mx.array:

@@ -602,16 +602,21 @@ def test_a_row_ended_by_the_engine_can_leave_its_prefix(backend: MlxBackend) -> 
 
 
 class Broken(RowSampling):
-    """One row whose own parameters cannot be worked with, from a call of `counts` or `key` on."""
+    """One row that cannot be drawn for, each time that this is tried and `fails` says so."""
 
     def __init__(self, params: SamplingParams, *, fails: Callable[[], bool]) -> None:
-        super().__init__(params)
         self._fails = fails
+        super().__init__(params)
 
-    def key(self) -> mx.array:
+    @property
+    def draw(self) -> float:
         if self._fails():
             raise ValueError("scripted")
-        return super().key()
+        return self._draw
+
+    @draw.setter
+    def draw(self, draw: float) -> None:
+        self._draw = draw
 
 
 def test_one_rows_sampling_fails_alone(backend: MlxBackend, folder: Path) -> None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from random import Random
+from shutil import which
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from service.engine.generation import SamplingParams
-from service.engine.sampling import RowSampling, Sampling, adjusts
+from service.engine.sampling import (
+    RowSampling,
+    Sampling,
+    _among_likeliest,
+    _from,
+    _hits,
+    _presence,
+    _repetition,
+    adjusts,
+)
 
 VOCAB = 8
 
@@ -138,15 +150,63 @@ def test_every_token_has_its_share_of_a_large_vocabulary() -> None:
     assert ((drawn - shares * 20_000) ** 2 / (shares * 20_000)).sum() < 602
 
 
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 17), (0.49, 17), (0.51, 49_999), (1 - 2**-24, 49_999)])
-def test_a_draw_at_the_edges_of_the_sum_is_of_what_was_kept(
-    uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Scripted(Random):
+    """Draws always this share of what can be drawn."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def getrandbits(self, k: int, /) -> int:
+        return min(int(self._share * (1 << k)), (1 << k) - 1)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 17), (0.49, 17), (0.51, 49_999), (1.0, 49_999)])
+def test_a_draw_at_the_edges_of_the_sum_is_of_what_was_kept(share: float, expected: int) -> None:
     """Of 60,000 tokens two are kept, of equal shares; sums of the others' zeros come before, between and after."""
-    monkeypatch.setattr(mx.random, "uniform", lambda shape, key: mx.full(shape, uniform) + 0 * key.sum())
-    row = mx.random.normal((1, 60_000), key=mx.random.key(1))
-    row[0, 17] = row[0, 49_999] = 9.0
-    assert draw(SamplingParams(temperature=1.0, top_k=2, seed=0), row) == [expected]
+    logits = mx.random.normal((1, 60_000), key=mx.random.key(1))
+    logits[0, 17] = logits[0, 49_999] = 9.0
+    row = RowSampling(SamplingParams(temperature=1.0, top_k=2), random=Scripted(share))
+    assert Sampling([row], 60_000)(mx.zeros(1), logits).tolist() == [expected]
+
+
+def test_one_share_of_any_sum_is_still_a_draw() -> None:
+    """The largest draw, of float32 sums of every size: the product stays below, so that some token is beyond it."""
+    largest = RowSampling(SamplingParams(), random=Scripted(1.0)).draw
+    sums = np.exp2(np.random.default_rng(1).uniform(-1, 1, 100_000)).astype(np.float32)
+    assert largest < 1
+    assert (np.float32(largest) * sums < sums).all()
+
+
+def test_a_draw_that_was_not_used_up_is_drawn_again() -> None:
+    row, flat = RowSampling(SamplingParams(temperature=1.0, seed=3)), mx.zeros((1, 100_000))
+    sampling = Sampling([row], 100_000)
+    assert sampling._random is not None
+    first = sampling._random(flat).item()
+    assert sampling(mx.zeros(1), flat).item() == first
+    assert sampling(mx.zeros(1), flat).item() != first
+
+
+def test_what_a_gpu_runs_fused_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions compiled as on a GPU, for the CPU; which needs a compiler."""
+    if which("g++") is None:
+        pytest.skip("mlx compiles for a CPU with g++")
+    shape, key = (4, 1000), mx.random.key
+    shares, logits = mx.softmax(mx.random.normal(shape, key=key(1)), axis=-1), mx.random.normal(shape, key=key(2))
+    column, counts = mx.random.uniform(shape=(4, 1), key=key(3)), mx.random.randint(0, 3, shape, key=key(4))
+    ascending, total = mx.sort(shares, axis=-1), mx.cumsum(shares, axis=-1)
+    cases = (
+        (_repetition, (logits, counts, counts > 1, column + 1)),
+        (_presence, (logits, counts, column, column * 2)),
+        (_among_likeliest, (ascending, mx.cumsum(ascending, axis=-1), column, ascending[:, -1:])),
+        (_from, (column / 500, shares)),
+        (_hits, (shares, total, total[:, -1:], column)),
+    )
+    plain = [function(*arrays) for function, arrays in cases]
+    assert [np.unique(found).size > 1 for found in plain] == [True] * len(cases)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for (function, arrays), expected in zip(cases, plain, strict=True):
+        assert np.allclose(function(*arrays), expected, rtol=1e-6, atol=0)
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
