@@ -45,6 +45,9 @@ PLANNED_STEP = 32
 with costs little, and after some dozens of cohorts their plans are made."""
 
 
+MOST_SHAPES = 10_000
+
+
 def cudnn_plans() -> bool:
     """Whether attention is cuDNN's, which makes a plan for each shape and stride of keys (50 ms on an H100)."""
     return bool(mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available())
@@ -56,6 +59,22 @@ def trim_plain(cache: list[Any], tokens: int) -> bool:
     if plain:
         trim_prompt_cache(cache, tokens)
     return plain
+
+
+class Shapes:
+    """Of chunks that were prefilled, the latest ten thousand or so."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, int, int]] = set()
+
+    def known(self, shape: tuple[int, int, int]) -> bool:
+        """Whether this one was seen before: the first of each is no lesson where it makes cuDNN plan."""
+        if known := shape in self._seen:
+            return known
+        if len(self._seen) > MOST_SHAPES:
+            self._seen.clear()
+        self._seen.add(shape)
+        return known
 
 
 @dataclass(slots=True)
@@ -117,6 +136,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         plain = KVCache if len(rows) == 1 else BatchKVCache
         self._even = self._planned and all(type(layer) is plain for layer in self.prompt_cache)
         self.unprepared = any(state.cached for state in rows)
+        self._chunks = 0
 
     @property
     def context(self) -> int:
@@ -140,6 +160,7 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     def advance(self, count: int) -> int:
         """Prefill up to `count` tokens of every row, never its last one; returns positions computed."""
         count = min(count, self.longest_rest - 1)
+        self._chunks += 1
         size = self._planned_size(count) if self._even and count else 0
         if 0 < size < count:
             count = size
@@ -199,6 +220,12 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
     def ready(self) -> bool:
         """Whether every row has only its last prompt token left, which is run with the rows that decode."""
         return self.longest_rest == 1
+
+    @property
+    def late(self) -> bool:
+        """Whether it is ready after several steps. Then it joins the rows that decode in the step after, so that none
+        has more to do than a chunk beside them; who needed one step is not made to wait for another."""
+        return self.ready and self._chunks > 1
 
     def prepare(self) -> Iterator[None]:
         """Layer by layer, compute what is lazy and make room for the whole prompt, so that no chunk has to."""

@@ -26,7 +26,7 @@ WORTH_BESIDE = 0.5
 """Share of the positions a second of a chunk with the whole target that one beside decode must reach: most of a small
 chunk's time may be its fixed cost (on two CPU cores 4 positions take 77 ms, and 31 take 140)."""
 
-WORTH_WAITING = 0.7
+WORTH_WAITING = 0.6
 """Share of its pace that a prompt gives up, so that the live rows wait for smaller chunks between their tokens."""
 
 WORTH_A_BATCH = 2.0

@@ -328,7 +328,7 @@ def test_where_cudnn_plans_chunks_begin_at_multiples_of_their_sizes(
 
 @pytest.mark.parametrize(
     ("common", "length", "expected"),
-    [(25, 200, 0), (200, 230, 192), (700, 720, 640), (130, 400, 128), (576, 640, 576)],
+    [(25, 200, 0), (200, 230, 192), (700, 720, 640), (130, 400, 128), (576, 640, 576), (1236, 1300, 1216)],
 )
 def test_where_cudnn_plans_a_prefix_is_used_up_to_where_others_began(
     backend: MlxBackend, folder: Path, *, common: int, length: int, expected: int
@@ -348,6 +348,24 @@ def test_where_cudnn_plans_a_prefix_is_used_up_to_where_others_began(
             tokens, _ = finish(backend, 1 + decoding)
         assert cached == {1: expected}
         assert tokens[1] == alone(backend, folder, asked)
+
+
+@pytest.mark.parametrize(
+    ("token", "common", "length", "expected"),
+    [(1e-5, 1236, 1300, 1024), (1e-5, 1500, 1560, 1472), (1e-3, 1236, 1300, 1216), (1e-5, 576, 640, 576)],
+)
+def test_where_cudnn_plans_one_chunk_takes_the_place_of_several_where_that_is_quick(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch, *, token: float, common: int, length: int, expected: int
+) -> None:
+    """A chunk of 512 positions after 1,024; none that would do; one that takes too long; and none instead of one."""
+    monkeypatch.setattr(backend.pacer, "prefill_seconds", lambda positions, _context: 0.01 + positions * token)
+    asked, cached = [5 + index % 200 for index in range(length)], dict[int, int]()
+    with pytest.MonkeyPatch.context() as patch:
+        Forwarded(patch, backend)
+        for uid, prompt in enumerate(([*asked[:common], 3], asked)):
+            backend.insert(replace(row(uid, prompt, max_tokens=1), on_prefill=partial(cached.__setitem__, uid)))
+            finish(backend, 1)
+    assert cached == {0: 0, 1: expected}
 
 
 def test_a_cache_of_another_kind_is_not_cut(backend: MlxBackend) -> None:

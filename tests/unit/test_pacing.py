@@ -124,7 +124,7 @@ def test_a_step_does_what_its_load_asks_for_and_nothing_else(load: Load, costs: 
 
 
 def test_what_fits_is_done_together() -> None:
-    assert pacer().plan(Load(rows=8, context=100, cohort=1)) == StepPlan(decode=True, chunk=64)
+    assert pacer().plan(Load(rows=8, context=100, cohort=1)) == StepPlan(decode=True, chunk=32)
     assert pacer().plan(Load(rows=8, context=100)) == StepPlan(decode=True)
     assert pacer().plan(Load()) == StepPlan(decode=False)
 
@@ -132,7 +132,7 @@ def test_what_fits_is_done_together() -> None:
 def test_what_does_not_fit_is_done_in_turn_each_with_the_whole_target() -> None:
     p = pacer()
     load = Load(rows=94, context=100, cohort=1)
-    decode, prefill = StepPlan(decode=True, launch=False), StepPlan(decode=False, chunk=128, launch=False)
+    decode, prefill = StepPlan(decode=True, launch=False), StepPlan(decode=False, chunk=64, launch=False)
     assert [observed(p, load) for _ in range(4)] == [prefill, decode, prefill, decode]
 
 
@@ -192,7 +192,7 @@ def test_after_a_step_that_decoded_it_is_the_cohorts_turn_once_the_device_is_fre
     assert observed(p, Load(rows=94, context=100)) == StepPlan(decode=True)
     load = Load(rows=94, context=100, cohort=1)
     assert observed(p, replace(load, computing=True)) == StepPlan(decode=True, launch=False)
-    assert observed(p, load) == StepPlan(decode=False, chunk=128, launch=False)
+    assert observed(p, load) == StepPlan(decode=False, chunk=64, launch=False)
 
 
 def test_chunks_shrink_with_rows_and_context_and_have_a_largest() -> None:

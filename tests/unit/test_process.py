@@ -17,7 +17,7 @@ from service.console import Console
 from service.engine.engine import EngineState
 from service.leaving import StopGuard
 from service.listening import Listeners, listen
-from service.process import Process
+from service.process import YOUNG_OBJECTS, Process
 from service.reload import Reloader
 from tests.fake_service import FakeApp, FakeEngine, free_ports
 
@@ -102,6 +102,7 @@ def test_a_drain_that_hangs_is_overdue_and_the_process_goes_on_to_stop(
 
 async def test_collections_do_not_visit_what_has_been_loaded(in_process: Build) -> None:
     gc.unfreeze()  # other tests' processes
+    young, *older = gc.get_threshold()
     loaded: list[object] = []
     engine = FakeEngine()
     process = in_process(engine, leave=lambda _: None)
@@ -114,7 +115,9 @@ async def test_collections_do_not_visit_what_has_been_loaded(in_process: Build) 
         visited = set(map(id, gc.get_objects()))
         assert id(loaded) not in visited
         assert id(later) in visited
+        assert gc.get_threshold()[0] == YOUNG_OBJECTS
     finally:
+        gc.set_threshold(young, *older)
         process._on_signal(signal.SIGTERM)
         await running
         gc.unfreeze()
