@@ -107,6 +107,9 @@ class FakeBackend:
         self._own()
         assert nbytes >= 0
 
+    def do_meanwhile(self, work: Callable[[], object]) -> None:
+        """Is not done: steps of this one are not waited for."""
+
     def step(self) -> StepResult:
         self._own()
         if self.gate is not None:

@@ -46,6 +46,11 @@ class TimedBackend(FakeBackend):
     context_length: int = 100_000
     cached: Callable[[Row], int] = lambda _row: 0
     noise: Callable[[], float] = lambda: 1.0
+    overlapping: bool = False
+    """Whether steps are waited for, so that something can be done meanwhile."""
+
+    def do_meanwhile(self, work: Callable[[], object]) -> None:
+        self.meanwhile = work
 
     def insert(self, row: Row) -> None:
         super().insert(row)
@@ -67,6 +72,9 @@ class TimedBackend(FakeBackend):
             result.prefill_seconds = result.prefill_tokens * self.prefill_token * noise
             reading.prefill -= result.prefill_tokens
         if live:
+            if self.overlapping:
+                self.meanwhile()
+            result.overlaps = self.overlapping and reading is None
             result.decode_rows = len(live)
             result.decode_seconds = (self.decode_base + len(live) * self.decode_row) * noise
         for uid, row in live:

@@ -62,7 +62,8 @@ class Token:
 class StepResult:
     """What one step did. Rows in `failed` have left the batch; their exception is theirs alone.
 
-    `copies`: pieces of work between steps (a layer joined, moved or grown) that were done.
+    `copies`: pieces of work between steps (a layer joined, moved or grown) that were done. `overlaps`: if no row is
+    inserted or removed, the next step decodes at once, and calls what is to be done meanwhile.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -72,6 +73,7 @@ class StepResult:
     decode_rows: int = 0
     decode_seconds: float = 0.0
     copies: int = 0
+    overlaps: bool = False
 
     @property
     def fruitful(self) -> bool:
@@ -93,6 +95,10 @@ class MemoryUse:
     prefix_capacity: int = 0
     prefix_entries: int = 0
     batch: int = 0
+
+
+def nothing() -> None:
+    """Is what is done meanwhile when there is nothing to do."""
 
 
 class Backend(Protocol):
@@ -122,6 +128,10 @@ class Backend(Protocol):
 
         Raises only when the whole step is lost; then no row is usable until `rebuild`.
         """
+
+    def do_meanwhile(self, work: Callable[[], object]) -> None:
+        """Have steps call `work` when they are about to wait for the device without the interpreter: what other threads
+        have to do takes no time from the generation thread then."""
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         """Take rows out, with the next step at the latest; unknown uids are ignored. `keep_prefix` stores what they

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from service.engine.backend import nothing
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.generation import FinishReason
 from service.engine.prefix_cache import common_prefix
@@ -96,12 +97,13 @@ class DecodeBatch:
             return expected, reach
         return None
 
-    def launch(self) -> None:
-        """Start computing the next token of every row."""
+    def launch(self, meanwhile: Callable[[], object] = nothing) -> None:
+        """Start computing the next token of every row; call `meanwhile` before the interpreter is let go for that."""
         inputs = self._newest
         logits = self.model(inputs[:, None], cache=self.cache)[:, -1, :]
         self._newest = self._draw(inputs, logits)
         self._places.advance([state.leaving for state in self.rows])
+        meanwhile()
         mx.async_eval(self._newest)
         self._launched.append(self._newest)
 
@@ -258,8 +260,7 @@ class DecodeBatch:
             return drawn
         self._release_sampling()
         alone = [self._guarded(at, partial(self._alone, at, inputs, logits)) for at in range(len(self.rows))]
-        nothing = mx.zeros(1, dtype=mx.uint32)
-        return mx.concatenate([nothing if each is None else each for each in alone])
+        return mx.concatenate([mx.zeros(1, dtype=mx.uint32) if each is None else each for each in alone])
 
     def _together(self, vocab_size: int) -> Sampling:
         if self._sampling is None:

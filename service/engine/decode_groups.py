@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from service.engine.backend import nothing
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.decode_batch import Chore, DecodeBatch, Emitted
 from service.engine.pacing import Pacer
@@ -57,10 +58,10 @@ class DecodeGroups:
     def nbytes(self) -> int:
         return sum(batch.nbytes for batch in self._batches)
 
-    def launch(self) -> None:
-        """Start computing the next token of every row."""
+    def launch(self, meanwhile: Callable[[], object] = nothing) -> None:
+        """Start computing the next token of every row. `meanwhile` as `DecodeBatch.launch`'s, once for each batch."""
         for batch in self._batches:
-            batch.launch()
+            batch.launch(meanwhile)
 
     def emit(self) -> list[Emitted]:
         """Wait for the oldest token of every row. Rows that end are `leaving`, to be dropped."""

@@ -17,8 +17,8 @@ import mlx.core as mx
 import structlog
 from mlx_lm.models.cache import make_prompt_cache
 
-from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token
-from service.engine.batches import PrefillBatch, RowState, cudnn_plans
+from service.engine.backend import MemoryUse, ModelInfo, Row, StepResult, Token, nothing
+from service.engine.batches import PrefillBatch, RowState, Shapes, cudnn_plans
 from service.engine.cohorts import CohortLimits, Member, copy_prefixes, next_cohort
 from service.engine.decode_batch import Chore
 from service.engine.decode_groups import DecodeGroups
@@ -31,9 +31,6 @@ from service.engine.warmup import Warmup
 from service.settings import Settings
 
 DONE: Final = object()
-
-MOST_SHAPES = 10_000
-"""Of prefilled chunks that are remembered: the first of each is no lesson where it makes cuDNN plan."""
 
 
 class MlxBackend:
@@ -51,6 +48,7 @@ class MlxBackend:
         clock: Callable[[], float] = time.perf_counter,
         ahead: bool | None = None,
     ) -> None:
+        self._meanwhile: Callable[[], object] = nothing
         self._ahead = True if ahead is None and mx.default_device() == mx.Device(mx.gpu) else ahead
         self._settings = settings
         self._load = load
@@ -61,7 +59,7 @@ class MlxBackend:
         self._prefill: PrefillBatch | None = None
         self._chore: Chore | None = None
         self._gone: set[int] = set()
-        self._planned: set[tuple[int, int, int]] = set()
+        self._shapes = Shapes()
         self._since = 0.0
         self._prefixes = PrefixCache(limit=0)
         self.model: Any = None
@@ -125,15 +123,19 @@ class MlxBackend:
         if not self._work_off(began, result):
             return result
         fits = chore is None or self.pacer.chunk_fits(load, self._clock() - began)
-        if self._prefill is not None and plan.chunk and fits:
-            self._prefill_once(self._prefill, plan.chunk, result)
-            if not self._work_off(began, result):
+        if (prefill := self._prefill) is not None and plan.chunk and fits:
+            self._prefill_once(prefill, plan.chunk, result)
+            if (load.rows and prefill.late) or not self._work_off(began, result):
                 return result
         if ahead and plan.launch and not self._decode.launched:
             self._since = self._clock()
             self._decode.launch()
         self._drop_failed(result)
+        result.overlaps = not (self._waiting or self._forming or self._prefill or self._chore)
         return result
+
+    def do_meanwhile(self, work: Callable[[], object]) -> None:
+        self._meanwhile = work
 
     @property
     def busy(self) -> bool:
@@ -172,9 +174,10 @@ class MlxBackend:
         result.decode_rows = len(decode)
         if not decode.launched:
             self._since = self._clock()
-            decode.launch()
+            decode.launch(self._meanwhile)
         if ahead:
-            decode.launch()
+            decode.launch(self._meanwhile)
+        self._meanwhile()
         for state, token, reason in decode.emit():
             result.tokens.append(Token(state.row.uid, token, reason))
         decode.abandon_if_nobodys()
@@ -187,11 +190,7 @@ class MlxBackend:
         chunk = min(chunk, self.info.memory.chunk(context + chunk))
         result.prefill_tokens = batch.advance(max(1, chunk // len(batch.rows)))
         result.prefill_seconds = self._clock() - began
-        shape = result.prefill_tokens, context, len(batch.rows)
-        typical = not cudnn_plans() or shape in self._planned
-        if len(self._planned) > MOST_SHAPES:
-            self._planned.clear()
-        self._planned.add(shape)
+        typical = not cudnn_plans() or self._shapes.known((result.prefill_tokens, context, len(batch.rows)))
         self.pacer.observe_prefill(result.prefill_tokens, context, result.prefill_seconds, typical=typical)
 
     # -- chores: copies, one layer at a time, most of them while rows decode ---------------------------------

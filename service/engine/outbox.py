@@ -1,21 +1,43 @@
 """When text is handed to the event loop: after every step, or after some of them where steps are short.
 
 A hand-over wakes one task for each stream and writes to its socket, which takes more time than many a step: 32 streams
-of a model whose steps take four milliseconds had half of a core for it. Nobody reads that fast.
+of a model whose steps take four milliseconds had half of a core for it. Nobody reads that fast. It also takes the
+interpreter from the thread that launches the next step, 57 us for each stream on the host of an H100; so it comes when
+that step has been launched, where one follows.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
+
 from service.engine.generation import Delta, Generation
 
+FEW, MOST = 16, 2.0
+"""Streams up to which the interval is as configured, and times as long that it gets for more of them."""
+
 Delivery = tuple[Generation, Delta]
+
+
+class When(Enum):
+    """Where the generation thread is when it looks into the outbox."""
+
+    NOW = auto()
+    """Nobody knows when it looks again."""
+    BEFORE = auto()
+    """A step begins, of the rows that had the one before."""
+    DURING = auto()
+    """The step has been launched, and the interpreter is not needed."""
+    AFTER = auto()
+    """The step has ended."""
 
 
 class Outbox:
     """What waits for the hand-over, a delta for each generation. Whoever calls holds the worker's lock.
 
-    Text may wait for the next step while the last hand-over was less than `interval` seconds ago. A row's first text,
-    its end and an error never wait, and whatever waits goes with them.
+    Text may wait for the next step while that is no further from `interval` seconds after the last hand-over than now
+    is; from 16 to 32 streams the interval grows to twice as much. Where the next step `overlaps` with the hand-over it
+    waits until that has been launched. A row's first text, its end and an error never wait, and whatever waits goes
+    with them.
     """
 
     def __init__(self, interval: float) -> None:
@@ -23,17 +45,31 @@ class Outbox:
         self._waiting: dict[Generation, Delta] = {}
         self._urgent = False
         self._handed_over = float("-inf")
+        self._pace: float | None = None
+        self._overlaps = False
 
     def post(self, generation: Generation, delta: Delta, *, urgent: bool) -> None:
         before = self._waiting.get(generation)
         self._waiting[generation] = delta if before is None else before.merged(delta)
         self._urgent |= urgent
 
-    def take(self, now: float, *, patient: bool) -> list[Delivery]:
-        """What is to be handed over now; when `patient`, nothing that may wait. `patient` promises that a step comes,
-        and no long one."""
-        if not self._waiting or (patient and not self._urgent and now - self._handed_over < self._interval):
+    def stepped(self, pace: float | None, *, overlaps: bool) -> None:
+        """A step has ended, and one as long as `pace` comes; None: nobody knows. `overlaps` as `StepResult`'s."""
+        self._pace, self._overlaps = pace, overlaps and pace is not None
+
+    def take(self, now: float, when: When) -> list[Delivery]:
+        """What is to be handed over now."""
+        if not self._waiting or (not self._urgent and self._may_wait(now, when)):
             return []
         taken, self._waiting, self._urgent = self._waiting, {}, False
         self._handed_over = now
         return list(taken.items())
+
+    def _may_wait(self, now: float, when: When) -> bool:
+        if when is When.NOW or self._pace is None:
+            return False
+        if self._overlaps and when is not When.DURING:
+            return True
+        soon = 0.0 if when is When.BEFORE else self._pace
+        interval = self._interval * min(MOST, max(1.0, len(self._waiting) / FEW))
+        return now - self._handed_over + soon / 2 < interval

@@ -1,8 +1,7 @@
 """The generation thread: admit, step, deliver.
 
-The thread owns the backend. The event loop reaches it through `submit`, `cancel`, `refuse_waiting`,
-`abort_running` and `stop`, which take the lock for bookkeeping only and never wait for the backend.
-What steps produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
+The thread owns the backend. The event loop reaches it through calls that take the lock for bookkeeping only. What
+steps produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from service.engine.foresight import Foresight
 from service.engine.generation import Delta, FinishReason, Generation
 from service.engine.jobs import Job, Orders, Plan
 from service.engine.lineup import Lineup
-from service.engine.outbox import Delivery, Outbox
+from service.engine.outbox import Delivery, Outbox, When
 from service.engine.progress import Phase, Progress
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
@@ -63,6 +62,7 @@ class Worker:
         self._orders = Orders()
         self._over: ServiceError | None = None
         self._outbox = Outbox(settings.delivery_interval)
+        backend.do_meanwhile(lambda: self._flush(When.DURING))
         self._progress = progress
         self._canary = Canary(backend, info, telemetry=telemetry, progress=progress)
         self._canary_interval = canary_interval or None
@@ -174,16 +174,16 @@ class Worker:
                 return False
             plan = self._plan(canary=canary)
             wanted = bool(self._jobs)
-        self._flush(patient=wanted and not plan.insert)
+        self._flush(When.BEFORE if wanted and not plan.insert else When.NOW)
         self._progress.enter(Phase.STEPPING)
         result = self._step(plan)
         self._progress.enter(Phase.DELIVERING)
         with self._wake:
-            stopped = self._collect(result)
-            self.last_step = self._clock()
+            stopped, self.last_step = self._collect(result), self._clock()
             self._progress.stepped(fruitful=result.fruitful, wanted=wanted)
             steady = len(result.tokens) == self._admission.running and not result.copies  # so will be the next step
-        self._flush(patient=steady)
+            self._outbox.stepped(result.decode_seconds if steady else None, overlaps=result.overlaps)
+        self._flush(When.AFTER)
         self._backend.remove(stopped, keep_prefix=True)
         if self._canary.overgrown(self._backend.memory()):
             self._recover()
@@ -292,9 +292,9 @@ class Worker:
         if last is not None:
             self._outbox.post(job.generation, last, urgent=True)
 
-    def _flush(self, *, patient: bool = False) -> None:
+    def _flush(self, when: When = When.NOW) -> None:
         """Hand over what is in the outbox; either thread."""
         with self._wake:
-            outbox = self._outbox.take(self._clock(), patient=patient)
+            outbox = self._outbox.take(self._clock(), when)
         if outbox:
             self._deliver(outbox)

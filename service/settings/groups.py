@@ -116,7 +116,9 @@ class EngineSettings(Group):
     max_queue: int = Field(256, ge=0, description="Most requests waiting; beyond it 503.")
     step_target: float = Field(0.25, gt=0, description="Seconds one engine step should last at most.")
     delivery_interval: float = Field(
-        0.01, ge=0, description="Seconds between two pieces of a stream where steps are shorter; 0: one each step."
+        0.01,
+        ge=0,
+        description="Least seconds between pieces of a stream, twice as many from 32 streams on; 0: one piece a step.",
     )
     max_prefill_chunk: int = Field(2048, ge=16, description="Most prompt tokens (rows x tokens) prefilled in one step.")
     max_prefill_rows: int = Field(8, ge=1, description="Most short prompts prefilled together.")

@@ -6,6 +6,7 @@ import pytest
 
 from service.engine.backend import Row, StepResult
 from service.engine.generation import Generation
+from service.engine.outbox import When
 from service.errors import CredentialRevoked
 from tests.fakes import fake_tokenizer, letters
 from tests.timed import ByHand, TimedBackend
@@ -23,8 +24,16 @@ def test_short_steps_share_a_piece_but_for_the_first_token_and_the_end() -> None
     hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=0.01)
     generation = hand.submit(max_tokens=20)
     hand.finish()
-    assert pieces(hand, generation) == [1, 4, 4, 4, 4, 3]
+    assert pieces(hand, generation) == [1, 3, 3, 3, 3, 3, 3, 1], "nine milliseconds are nearer than twelve"
     assert hand.said[generation][-1].final
+
+
+@pytest.mark.parametrize(("streams", "tokens"), [(1, 3), (16, 3), (24, 5), (32, 7), (64, 7)])
+def test_the_more_streams_the_longer_the_interval_up_to_twice_as_long(streams: int, tokens: int) -> None:
+    hand = ByHand(TimedBackend(decode_base=0.003, decode_row=0.0), delivery_interval=0.01, max_rows=64)
+    generations = [hand.submit(max_tokens=200) for _ in range(streams)]
+    hand.finish()
+    assert {max(pieces(hand, generation)) for generation in generations} == {tokens}
 
 
 @pytest.mark.parametrize(("step", "interval"), [(0.012, 0.01), (0.003, 0.0)])
@@ -35,6 +44,44 @@ def test_every_step_has_a_piece_of_its_own_where_it_takes_as_long_or_so_configur
     generation = hand.submit(max_tokens=6)
     hand.finish()
     assert pieces(hand, generation) == [1] * 6
+
+
+class Overlapping(TimedBackend):
+    """Its steps are waited for. Writes down how many characters had been said when each began, and when it waited."""
+
+    def __init__(self) -> None:
+        super().__init__(overlapping=True)
+        self.hand = ByHand(self, delivery_interval=0.0)
+        self.seen: list[tuple[int, int]] = []
+
+    def step(self) -> StepResult:
+        before = self._said()
+        result = super().step()
+        self.seen.append((before, self._said()))
+        return result
+
+    def _said(self) -> int:
+        return sum(len(delta.text) for said in self.hand.said.values() for delta in said)
+
+
+def test_where_steps_are_waited_for_text_is_handed_over_while_the_next_one_is() -> None:
+    """But a first text and an end at once."""
+    backend = Overlapping()
+    generation = backend.hand.submit(max_tokens=6)
+    backend.hand.finish()
+    assert pieces(backend.hand, generation) == [1] * 6
+    assert backend.seen == [(0, 0), (0, 0), (1, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert backend.hand.said[generation][-1].final
+
+
+def test_what_is_left_for_the_next_step_is_handed_over_before_one_that_reads_a_prompt() -> None:
+    backend = Overlapping()
+    generation = backend.hand.submit("a", max_tokens=1000)
+    backend.hand.turns_until(lambda: generation.meter.completion_tokens == 5)
+    assert sum(pieces(backend.hand, generation)) == 4
+    backend.hand.submit("b", prompt=600)
+    backend.hand.turn()
+    assert backend.seen[-1][0] == 5
 
 
 def test_what_waits_goes_with_what_cannot() -> None:
@@ -98,7 +145,7 @@ def test_nothing_is_kept_for_who_has_left() -> None:
     hand.turns_until(lambda: generation.meter.completion_tokens == 5)
     generation.close()
     hand.turn()
-    assert hand.worker._outbox.take(hand.clock.now, patient=False) == []
+    assert hand.worker._outbox.take(hand.clock.now, When.NOW) == []
 
 
 def test_an_error_takes_along_what_was_said_before_it() -> None:
