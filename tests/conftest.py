@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = {}
+    # What logs an exception before anything is configured would have every frame's locals drawn: seconds each time.
+    structlog.get_config()["processors"][-1].exception_formatter = structlog.dev.plain_traceback
     hypothesis_settings.load_profile("full" if config.getoption("full_counts") else "normal")
 
 
