@@ -42,7 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest's own selection by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with the real model run `alone`, because it takes both cores, unless they may run `beside` others; tests
-    without it say so themselves."""
+    without it say so themselves. First the test that needs the demo model's service as it is after its start."""
+    items.sort(key=lambda item: "fresh_demo" not in getattr(item, "fixturenames", ()))
     for item in items:
         if item.get_closest_marker("real_model") and not item.get_closest_marker("beside"):
             item.add_marker("alone")

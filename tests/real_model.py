@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -53,7 +54,7 @@ def alone(demo_model_dir: Path) -> Alone:
 
 
 @pytest.fixture
-def fresh_demo(demo_settings: Settings, demo_model_dir: Path) -> Iterator[Served]:
-    """The demo model behind a service that has just become ready."""
-    with served(demo_settings) as service:
-        yield service
+def fresh_demo(demo: Served) -> Served:
+    """`demo` that nobody has asked anything yet: tests with it run first, and one in a session."""
+    assert "\nmlxd_prompt_tokens_total 0.0\n" in httpx.get(f"{demo.ops_url}/metrics").text
+    return demo
