@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import structlog
+from fastapi.routing import APIRoute, _EffectiveRouteContext
 from hypothesis import settings as hypothesis_settings
 
-from service.api import admin, drain, health, metrics, native, operations, status, usage
+from service.api import admin, docs, drain, health, metrics, native, operations, status, usage
 from service.api.openai import chat, completions, models
 from service.engine.models import resolve
 from service.observability.logging import QueuedHandler
@@ -134,10 +135,25 @@ def _signals_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _routers_made_once() -> Iterator[None]:
-    """Pydantic takes a tenth of a second for the routes of an application, and routers hold nothing of one."""
+    """Pydantic takes a tenth of a second for the routes of an application, and routers hold nothing of one.
+
+    Nor does what FastAPI makes of a route that an application includes, beyond where overridden dependencies would be.
+    """
+    prepare = _EffectiveRouteContext.from_api_route
+    prepared: dict[int, _EffectiveRouteContext] = {}  # by the identity of a route, which it keeps
+
+    def once(*, original_route: APIRoute, include_context: Any) -> _EffectiveRouteContext:
+        found = prepared.get(id(original_route))
+        if found is None:
+            found = prepare(original_route=original_route, include_context=include_context)
+            if original_route.endpoint.__module__ != docs.__name__:  # whose router is each application's own
+                prepared[id(original_route)] = found
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
         for part in ROUTERS:
             patch.setattr(part, "build_router", functools.cache(part.build_router))
+        patch.setattr(_EffectiveRouteContext, "from_api_route", once)
         yield
 
 
