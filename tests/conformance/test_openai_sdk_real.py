@@ -59,10 +59,10 @@ def check_usage(usage: CompletionUsage | None, *, completion_tokens: int | None 
     return usage
 
 
-def check_chat(answer: ChatCompletion) -> str:
+def check_chat(answer: ChatCompletion, model: str = demo_model.NAME) -> str:
     """Typed through and through; returns the text of the first choice."""
     assert isinstance(answer, ChatCompletion)
-    assert (answer.object, answer.model) == ("chat.completion", demo_model.NAME)
+    assert (answer.object, answer.model) == ("chat.completion", model)
     assert answer.id.startswith("chatcmpl-")
     assert answer.created > 0
     for index, choice in enumerate(answer.choices):
@@ -338,18 +338,12 @@ async def test_the_streaming_response_is_server_sent_events_up_to_done(async_cli
 
 
 def test_with_keys_a_right_one_gets_the_models_answer_and_a_wrong_one_a_typed_error(
-    client: OpenAI, demo_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    """The same answer as where nobody is asked for one; a tiny model's, since each of the two loads it."""
     tmp_path.chmod(0o700)
-    settings = Settings.load(
-        None,
-        {
-            "model.reference": str(demo_model_dir),
-            "server.port": 0,
-            "server.state_dir": tmp_path,
-            "engine.max_rows": 1,
-        },
-    )
+    common = {"model.reference": str(tiny_model_dir), "server.port": 0, "engine.max_rows": 1}
+    settings = Settings.load(None, {**common, "server.state_dir": tmp_path})
     with served(settings) as service:
         base = f"{service.url}/v1"
         with OpenAI(base_url=base, api_key=make_key(settings, "inference").text, max_retries=0) as known:
@@ -359,5 +353,10 @@ def test_with_keys_a_right_one_gets_the_models_answer_and_a_wrong_one_a_typed_er
                 with pytest.raises(openai.AuthenticationError) as refused:
                     stranger.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, stream=stream)
                 assert (refused.value.status_code, refused.value.code) == (401, "invalid_credentials")
-    open_answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, temperature=0)
-    assert check_chat(answer) == check_chat(open_answer)
+    open_settings = Settings.load(None, {**common, "server.state_dir": tmp_path / "open", "auth.enabled": False})
+    with (
+        served(open_settings) as service,
+        OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as anybody,
+    ):
+        open_answer = anybody.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, temperature=0)
+    assert check_chat(answer, tiny_model_dir.name) == check_chat(open_answer, tiny_model_dir.name)
