@@ -29,7 +29,7 @@ from service.settings import Settings
 from service.storage.database import Database
 from service.storage.schema import USAGE
 from tests.fakes import FakeBackend
-from tests.serving import AMPLE, Served, bearer, make_key, served, started
+from tests.serving import AMPLE, BRIEF_CHUNK, Served, bearer, make_key, served, started
 from tests.unit.test_request_metrics import record
 
 pytestmark = pytest.mark.anyio
@@ -225,6 +225,7 @@ async def test_counters_add_up_with_the_ledger_and_with_what_clients_were_told(
             "server.state_dir": tmp_path,
             "model.reference": str(tiny_long_model_dir),
             "engine.max_rows": 8,
+            "engine.max_prefill_chunk": BRIEF_CHUNK,
             "engine.max_queue": 20,
         },
     )

@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 from service.settings import Settings
 from tests.conftest import ROOT
 from tests.prometheus_server import SHIPPED, Prometheus, prometheus_server, promtool, scraping, shipped_copy
-from tests.serving import bearer, make_key, served
+from tests.serving import BRIEF_CHUNK, bearer, make_key, served
 from tests.token_authority import key_set, rsa_jwk, rsa_key
 from tests.unit.test_metrics import documented
 
@@ -229,6 +229,7 @@ def prometheus(tiny_long_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
             "server.port": 0,
             "auth.issuers": [{**issuer, "jwks_file": str(folder / "keys.json")}],
             "engine.max_rows": 4,
+            "engine.max_prefill_chunk": BRIEF_CHUNK,
             "engine.max_queue": 3,  # with the rows fewer than 8: the refused request of `Traffic`
             "engine.memory_budget": 128 << 20,
             "limits.plans": {"default": {"requests_per_minute": 1_000_000, "request_burst": 1_000_000}},

@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.storage import audit
 from service.storage.database import Database
 from service.storage.schema import USAGE
-from tests.serving import _banner_url, bearer, make_key
+from tests.serving import BRIEF_CHUNK, _banner_url, bearer, make_key
 from tests.token_authority import SECRET, pack, sign_hmac
 
 pytestmark = pytest.mark.alone
@@ -66,7 +66,7 @@ class Site:
         lines = [
             f'[server]\nport = 0\nstate_dir = "{self.folder / "state"}"',
             f'[model]\nreference = "{self.model}"',
-            f"[engine]\nmax_rows = 2\ndrain_timeout = {self.drain_timeout}",
+            f"[engine]\nmax_rows = 2\nmax_prefill_chunk = {BRIEF_CHUNK}\ndrain_timeout = {self.drain_timeout}",
             '[ops]\nbind = "127.0.0.1:0"',
             f'[log]\nlevel = "{self.level}"\nfile = "{self.log}"',
             "[limits.plans.default]",

@@ -12,6 +12,7 @@ from service.engine.engine import Engine
 from service.engine.generation import Generation, GenerationRequest, SamplingParams
 from service.settings import Settings
 from tests.load.fairness import percentile, ready_engine
+from tests.serving import BRIEF_CHUNK
 
 pytestmark = pytest.mark.alone
 
@@ -40,7 +41,7 @@ async def test_waits_of_real_steps_are_foreseen_within_a_factor_of_two_in_the_me
     rng = random.Random(11)
     settings = Settings(
         model={"reference": str(tiny_long_model_dir)},
-        engine={"max_rows": 4, "max_queue": 1000, "memory_budget": 1 << 30},
+        engine={"max_rows": 4, "max_queue": 1000, "max_prefill_chunk": BRIEF_CHUNK, "memory_budget": 1 << 30},
     )
     async with ready_engine(settings) as engine:
         await asyncio.gather(*(answered(engine, rng, 0.0) for _ in range(20)))

@@ -9,6 +9,7 @@ import pytest
 
 from service.settings import Settings
 from tests.load.fairness import Experiment, Load, drawing, percentile, ready_engine, table
+from tests.serving import BRIEF_CHUNK
 
 pytestmark = pytest.mark.alone
 
@@ -18,7 +19,7 @@ SMALL = Load(flood=40, flood_prompt=24, flood_output=48, polite=8, polite_prompt
 async def test_under_a_flood_the_polite_wait_far_less_than_first_come_first_served(tiny_long_model_dir: Path) -> None:
     settings = Settings(
         model={"reference": str(tiny_long_model_dir)},
-        engine={"max_rows": 4, "memory_budget": 1 << 30},
+        engine={"max_rows": 4, "max_prefill_chunk": BRIEF_CHUNK, "memory_budget": 1 << 30},
     )
     async with ready_engine(settings) as engine:
         found = await Experiment(engine, SMALL).run()

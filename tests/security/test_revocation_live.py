@@ -15,7 +15,7 @@ from service.auth.token_issue import issue
 from service.settings import Settings
 from service.storage import denied, keys
 from service.storage.database import Database
-from tests.serving import Served, bearer, make_key, served
+from tests.serving import BRIEF_CHUNK, Served, bearer, make_key, served
 from tests.tiny import make_tiny_llama
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -38,6 +38,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             "server.state_dir": folder / "state",
             "model.reference": str(model),
             "engine.memory_budget": 4 << 30,
+            "engine.max_prefill_chunk": BRIEF_CHUNK,
             "auth.issuers": [
                 {
                     "name": "own",

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from service.settings import Settings
-from tests.serving import Served, bearer, make_key, served
+from tests.serving import BRIEF_CHUNK, Served, bearer, make_key, served
 from tests.tiny import make_tiny_llama
 
 PROMPT_TOKENS = 3000
@@ -35,6 +35,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             "server.state_dir": folder / "state",
             "model.reference": str(model),
             "engine.memory_budget": 8 << 30,
+            "engine.max_prefill_chunk": BRIEF_CHUNK,
         },
     )
 
