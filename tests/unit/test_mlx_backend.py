@@ -698,10 +698,10 @@ class Unmergeable(ConcatenateKVCache):  # type: ignore[misc]
 
 def test_caches_that_cannot_be_merged_still_work_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = prompts(3, seed=4)
-    reference = loaded(folder)
+    reference = loaded(folder, max_prefill_chunk=64)  # which is soon measured, and warmed up below
     expected = [alone(reference, folder, prompt) for prompt in asked]
     monkeypatch.setattr(llama.Model, "make_cache", lambda self: [Unmergeable() for _ in self.layers], raising=False)
-    backend = loaded(folder)
+    backend = loaded(folder, max_prefill_chunk=64)
     assert not backend.info.batchable
     assert backend.max_rows == 1
     backend.warm_up(lambda *_: None)
@@ -735,7 +735,7 @@ def test_the_wired_limit_is_never_raised_unless_configured(
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     monkeypatch.setattr(mx, "device_info", lambda *_: device)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    backend = loaded(folder, wired_limit=configured)
+    backend = loaded(folder, wired_limit=configured, max_prefill_chunk=64)
     backend.warm_up(lambda *_: None)
     backend.insert(row(0, [5, 6]))
     finish(backend, 1)
