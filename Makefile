@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format soak soak-traffic fairness constraints clean
+.PHONY: help install serve test check lint format soak soak-traffic fairness constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,6 +17,8 @@ VARIANT := metal
 endif
 EXTRA := $(filter cpu cuda,$(VARIANT))
 comma := ,
+TOOLS :=
+EXTRAS = $(if $(TOOLS),dev$(if $(EXTRA),$(comma)))$(EXTRA)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -57,14 +59,18 @@ $(RUNTIME): pyproject.toml constraints.txt
 	  $$found -m venv --clear $(VENV); fi; \
 	rm -f $(VENV)/.runtime-* $(VENV)/.develop-*; \
 	echo "Installing mlxd ($(VARIANT)) into $(VENV) with $$($(BIN)/python --version)" >&2; \
-	$(PIP) install --no-compile --constraint constraints.txt --editable '.$(if $(EXTRA),[$(EXTRA)])'; \
+	$(PIP) install --no-compile --constraint constraints.txt --editable '.$(if $(EXTRAS),[$(EXTRAS)])'; \
 	$(COMPILE); \
-	touch $@
+	echo '$(TOOLS)' > $@
 
+# Who wants the tools and has nothing yet gets everything at once: a second pip resolves it all again.
+$(DEVELOP): TOOLS := dev
 $(DEVELOP): $(RUNTIME)
-	@echo "Installing the development tools" >&2
-	@$(PIP) install --no-compile --constraint constraints.txt --editable '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
-	@$(COMPILE)
+	@set -e; if ! grep -q dev $(RUNTIME); then \
+	  echo "Installing the development tools" >&2; \
+	  $(PIP) install --no-compile --constraint constraints.txt --editable '.$(if $(EXTRAS),[$(EXTRAS)])'; \
+	  $(COMPILE); \
+	fi
 	@touch $@
 
 install: $(DEVELOP) ## Make .venv with everything for development
@@ -111,10 +117,15 @@ fairness: $(DEVELOP) ## Measure a flood beside a polite client and draw docs/fai
 
 check: $(DEVELOP) ## Lint, format check, types and the architecture tests; under a minute
 	@failed=; \
+	$(MAKE) --no-print-directory lint || failed=1; \
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_architecture_detectors.py || failed=1; \
+	[ -z "$$failed" ]
+
+lint: $(DEVELOP)
+	@failed=; \
 	$(BIN)/ruff check --quiet . || failed=1; \
 	$(BIN)/ruff format --check --quiet . || { echo 'not formatted: make format' >&2; failed=1; }; \
 	$(BIN)/mypy --no-error-summary || failed=1; \
-	$(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_architecture_detectors.py || failed=1; \
 	[ -z "$$failed" ]
 
 format: $(DEVELOP) ## Format, and mend what the linter can mend
