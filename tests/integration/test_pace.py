@@ -11,22 +11,25 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 import httpx
 import pytest
 
-from service.engine.backend import Backend, StepResult
+from service.engine.backend import Row
+from service.engine.generation import SamplingParams
+from service.engine.mlx_backend import MlxBackend
+from service.settings import Settings
 from tests.serving import Served, process
 
 pytestmark = pytest.mark.real_model
 
 
 @pytest.mark.timeout(600)
-async def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
-    demo: Served, monkeypatch: pytest.MonkeyPatch, count: Callable[[str, int, int], int]
+def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
+    demo_settings: Settings, demo_model_dir: object, count: Callable[[str, int, int], int]
 ) -> None:
     """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here.
 
@@ -34,48 +37,42 @@ async def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     """
     length = count("bounded step: tokens of each of 8 prompts", 240, 2000)
     outputs = count("bounded step: output tokens of each", 8, 100)
-    steps = Steps(demo.app.engine._backend, monkeypatch)
+    backend = MlxBackend(demo_settings)
+    backend.load()
+    backend.warm_up(lambda *_: None)
     rng = random.Random(5)
-    prompts = [[rng.randrange(100, 40_000) for _ in range(length)] for _ in range(8)]
-    target = demo.app.engine.settings.step_target
+    prompts = [tuple(rng.randrange(100, 40_000) for _ in range(length)) for _ in range(8)]
+    target = demo_settings.engine.step_target
     most_rows = 0
-    for what in ("new prompts", "cached prompts"):
-        seconds, most_rows = await steps.of(demo, prompts, outputs)
+    for first_uid, what in ((0, "new prompts"), (8, "cached prompts")):
+        seconds, most_rows = step_times(backend, prompts, first_uid, outputs)
         longest, p99 = seconds[-1], seconds[int(len(seconds) * 0.99)]
-        median, number = statistics.median(seconds), len(seconds)
-        print(f"bounded step, {what}: longest {longest:.3f} s, p99 {p99:.3f} s, median {median:.3f} s, {number} steps")
+        median, steps = statistics.median(seconds), len(seconds)
+        print(f"bounded step, {what}: longest {longest:.3f} s, p99 {p99:.3f} s, median {median:.3f} s, {steps} steps")
         print(f"{most_rows} rows decoded together at most")
         assert p99 <= target
         assert longest <= 2 * target
     assert most_rows > 1
+    backend.rebuild()
 
 
-class Steps:
-    """Times the steps of a backend that is in use."""
-
-    def __init__(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._step = backend.step
-        self._seconds: list[float] = []
-        self._most_rows = 0
-        monkeypatch.setattr(backend, "step", self._timed)
-
-    def _timed(self) -> StepResult:
+def step_times(
+    backend: MlxBackend, prompts: Sequence[tuple[int, ...]], first_uid: int, outputs: int
+) -> tuple[list[float], int]:
+    """Seconds of each step from the first prompt to the last row's end, sorted, and most rows that decoded together."""
+    for uid, prompt in enumerate(prompts, first_uid):
+        backend.insert(
+            Row(uid=uid, prompt=prompt, max_tokens=outputs, sampling=SamplingParams(temperature=0), tenant="t")
+        )
+    seconds: list[float] = []
+    ended = most_rows = 0
+    while ended < len(prompts) or backend.busy:
         began = time.perf_counter()
-        result = self._step()
-        self._seconds.append(time.perf_counter() - began)
-        self._most_rows = max(self._most_rows, result.decode_rows)
-        return result
-
-    async def of(self, service: Served, prompts: list[list[int]], outputs: int) -> tuple[list[float], int]:
-        """Seconds of each step while these are answered, sorted, and most rows that decoded together."""
-        self._seconds, self._most_rows = [], 0
-        body = {"model": "default", "max_tokens": outputs, "temperature": 0}
-        async with httpx.AsyncClient(base_url=service.url, timeout=600) as client:
-            asked = (client.post("/v1/completions", json={**body, "prompt": prompt}) for prompt in prompts)
-            for answer in await asyncio.gather(*asked):
-                assert answer.status_code == 200, answer.text
-        await service.settled()
-        return sorted(self._seconds), self._most_rows
+        result = backend.step()
+        seconds.append(time.perf_counter() - began)
+        ended += sum(token.finish_reason is not None for token in result.tokens)
+        most_rows = max(most_rows, result.decode_rows)
+    return sorted(seconds), most_rows
 
 
 async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_demo: Served) -> None:

@@ -207,6 +207,7 @@ def run(folder: Path, model: Path, seconds: float) -> Soak:
         "MLXD_LIMITS__PLANS": plans,
         "MLXD_LIMITS__FAILED_AUTHENTICATION_PER_MINUTE": "1000000",
         "MLXD_ENGINE__MAX_ROWS": "4",
+        "MLXD_ENGINE__MAX_PREFILL_CHUNK": "2048",
         "MLXD_ENGINE__MEMORY_BUDGET": str(MODEL_BUDGET),
         "MLXD_ENGINE__BUFFER_CACHE_LIMIT": str(BUFFER_CACHE),
     }
