@@ -10,17 +10,17 @@ import re
 import signal
 import socket
 import statistics
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
 from service.auth.api_keys import IssuedKey
-from service.cli import commands
 from service.listening import OPS_CONNECTIONS, RESERVED_FILES
 from service.settings import Settings
 from tests.fakes import FakeBackend
@@ -219,11 +219,17 @@ async def test_mlxd_top_shows_a_real_service_under_load(flooded: Running) -> Non
     began: asyncio.Queue[None] = asyncio.Queue()
     key = str(key_file(flooded))
     command = ["top", "--url", operators(flooded), "--key-file", key, "--once", "--json", "--interval", "2"]
-    shown = asyncio.create_task(asyncio.to_thread(CliRunner().invoke, commands(), command))
-    await asyncio.gather(*(stream(flooded, began, max_tokens=50) for _ in range(20)))
-    result = await shown
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    top = await asyncio.create_subprocess_exec(sys.executable, "-m", "service", *command, stdout=PIPE)
+    shown = asyncio.create_task(top.communicate())
+
+    async def ask() -> None:
+        while not shown.done():
+            await stream(flooded, began, max_tokens=50)
+
+    await asyncio.gather(*(ask() for _ in range(20)))
+    output, _ = await shown
+    assert top.returncode == 0, output
+    found = json.loads(output)
     assert (found["service"]["state"], found["service"]["restarted"], found["load"]["max_running"]) == (
         "ready",
         False,
