@@ -62,19 +62,19 @@ def trim_plain(cache: list[Any], tokens: int) -> bool:
 
 
 class Shapes:
-    """Of chunks that were prefilled, the latest ten thousand or so."""
+    """Of chunks that were prefilled, `MOST_SHAPES` at most: then they are forgotten, and seen anew."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, int, int]] = set()
 
     def known(self, shape: tuple[int, int, int]) -> bool:
         """Whether this one was seen before: the first of each is no lesson where it makes cuDNN plan."""
-        if known := shape in self._seen:
-            return known
+        if shape in self._seen:
+            return True
         if len(self._seen) > MOST_SHAPES:
             self._seen.clear()
         self._seen.add(shape)
-        return known
+        return False
 
 
 @dataclass(slots=True)

@@ -106,8 +106,8 @@ def evened(member: Member, pacer: Pacer) -> Member:
     most = max(LEAST_PLANNED - 1, (length - cached) // 16)
     while step < LARGEST_STEP and cached % (2 * step) <= most:
         step *= 2
-    quick = 2 * pacer.prefill_seconds(LEAST_PLANNED, cached)
     if length - cached + cached % step > step:
+        quick = 2 * pacer.prefill_seconds(LEAST_PLANNED, cached)
         one = (size for size in SINGLE if step < size <= cached and length - cached + cached % size <= size)
         step = next((size for size in one if pacer.prefill_seconds(size, cached) < quick), step)
     less = cached % step

@@ -24,7 +24,7 @@ class When(Enum):
     NOW = auto()
     """Nobody knows when it looks again."""
     BEFORE = auto()
-    """A step begins, of the rows that had the one before."""
+    """A step begins, of the rows that had the one before, and it has just looked."""
     DURING = auto()
     """The step has been launched, and the interpreter is not needed."""
     AFTER = auto()
@@ -68,8 +68,7 @@ class Outbox:
     def _may_wait(self, now: float, when: When) -> bool:
         if when is When.NOW or self._pace is None:
             return False
-        if self._overlaps and when is not When.DURING:
+        if when is When.BEFORE or (when is When.AFTER and self._overlaps):
             return True
-        soon = 0.0 if when is When.BEFORE else self._pace
         interval = self._interval * min(MOST, max(1.0, len(self._waiting) / FEW))
-        return now - self._handed_over + soon / 2 < interval
+        return now - self._handed_over + self._pace / 2 < interval

@@ -93,14 +93,14 @@ def _fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 @_fused
-def _repetition(logits: mx.array, counts: mx.array, prompted: mx.array, penalty: mx.array) -> mx.array:
+def _less_if_there(logits: mx.array, counts: mx.array, prompted: mx.array, penalty: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     penalised = mx.where(logits < 0, logits * penalty, logits / penalty)
     return mx.where(prompted | (counts > 0), penalised, logits)
 
 
 @_fused
-def _presence(logits: mx.array, counts: mx.array, frequency: mx.array, presence: mx.array) -> mx.array:
+def _less_by_count(logits: mx.array, counts: mx.array, frequency: mx.array, presence: mx.array) -> mx.array:
     return logits.astype(mx.float32) - counts * frequency - (counts > 0) * presence
 
 
@@ -176,9 +176,9 @@ class _Adjustments:
     def _adjusted(self, inputs: mx.array, logits: mx.array) -> mx.array:
         self._next_counts = counts = self._counts.at[self._index, inputs].add(self._drawn)
         if self._prompted is not None:
-            logits = _repetition(logits, counts, self._prompted, self._penalty)
+            logits = _less_if_there(logits, counts, self._prompted, self._penalty)
         if self._counted:
-            logits = _presence(logits, counts, self._frequency, self._presence)
+            logits = _less_by_count(logits, counts, self._frequency, self._presence)
         if self._bias:
             rows, ids, values = self._bias
             logits = logits.astype(mx.float32).at[rows, ids].add(values)

@@ -1,7 +1,7 @@
 """The generation thread: admit, step, deliver.
 
-The thread owns the backend. The event loop reaches it through calls that take the lock for bookkeeping only. What
-steps produced goes back in one call of `deliver` (Engine passes one that hops onto the loop).
+The thread owns the backend. The event loop reaches it through calls that take the lock for bookkeeping only and never
+wait for the backend. What steps produced goes back in one call of `deliver` (Engine's hops onto the loop).
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from service.engine.sampling import (
     _among_likeliest,
     _from,
     _hits,
-    _presence,
-    _repetition,
+    _less_by_count,
+    _less_if_there,
     adjusts,
 )
 
@@ -196,8 +196,8 @@ def test_what_a_gpu_runs_fused_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
     column, counts = mx.random.uniform(shape=(4, 1), key=key(3)), mx.random.randint(0, 3, shape, key=key(4))
     ascending, total = mx.sort(shares, axis=-1), mx.cumsum(shares, axis=-1)
     cases = (
-        (_repetition, (logits, counts, counts > 1, column + 1)),
-        (_presence, (logits, counts, column, column * 2)),
+        (_less_if_there, (logits, counts, counts > 1, column + 1)),
+        (_less_by_count, (logits, counts, column, column * 2)),
         (_among_likeliest, (ascending, mx.cumsum(ascending, axis=-1), column, ascending[:, -1:])),
         (_from, (column / 500, shares)),
         (_hits, (shares, total, total[:, -1:], column)),
