@@ -38,7 +38,7 @@ class Places:
         self.alone = len(self.lengths) == 1
         """Whether there is one row only: it is written as a slice and needs no mask, which costs less."""
         self.array = mx.array(self.lengths, dtype=mx.int32)
-        self.index = mx.arange(len(self.lengths))
+        self._next: dict[int, tuple[mx.array, ...]] = {}
         self._masks: dict[int | None, mx.array] = {}
 
     @property
@@ -50,6 +50,14 @@ class Places:
     def reach(self) -> int:
         """Positions that the next token's attention spans, its own included."""
         return max(self.lengths, default=0) + 1
+
+    def next(self, heads: int) -> tuple[mx.array, ...]:
+        """Where in a (rows, heads, positions, width) buffer each row's next token lies: indices (rows, heads) for the
+        first three. Made once a step, and all of one type: what else mlx needs for a write it makes anew for each."""
+        if heads not in self._next:
+            rows, positions = mx.arange(len(self.lengths))[:, None], self.array[:, None]
+            self._next[heads] = tuple(mx.broadcast_arrays(rows, mx.arange(heads), positions))
+        return self._next[heads]
 
     def advance(self, leaving: Sequence[bool]) -> None:
         """Every row has written one token; that of a row that is leaving does not count, and the next replaces it."""
@@ -135,8 +143,8 @@ class RowCache:
             self.keys[:1, :, reach - 1 : reach] = keys
             self.values[:1, :, reach - 1 : reach] = values
         else:
-            self.keys[places.index, :, places.array] = keys[:, :, 0]
-            self.values[places.index, :, places.array] = values[:, :, 0]
+            at = places.next(keys.shape[1])
+            self.keys[at], self.values[at] = keys.squeeze(2), values.squeeze(2)
         return self.keys[:rows, :, :reach], self.values[:rows, :, :reach]
 
     def _empty_like(self, array: mx.array) -> mx.array:

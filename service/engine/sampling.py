@@ -131,9 +131,7 @@ class Sampling:
 
     def __call__(self, inputs: mx.array, logits: mx.array) -> mx.array:
         """Token ids (rows,), from `logits` (rows, vocabulary) after the tokens `inputs` (rows,)."""
-        logprobs = _normalised(logits)
-        if self._adjust is not None:
-            logprobs = self._adjust(inputs, logits, logprobs.astype(mx.float32))
+        logprobs = _normalised(logits) if self._adjust is None else self._adjust(inputs, logits)
         drawn = mx.argmax(logprobs, axis=-1) if self._random is None else self._random(logprobs.astype(mx.float32))
         for part in (self._adjust, self._random):  # nothing has moved on when any of it raised
             if part is not None:
@@ -154,9 +152,10 @@ class _Adjustments:
         self._which = [index for index, row in enumerate(rows) if row.adjusted]
         self._all = len(self._which) == len(rows)
         mine = [rows[index] for index in self._which]
-        self._at, self._index = mx.array(self._which), mx.arange(len(mine))
+        self._at = mx.array(self._which)
+        self._index = mx.arange(len(mine), dtype=mx.uint32)  # as the inputs, or both were cast at each step
         self._counts = self._next_counts = mx.stack([row.counts(vocab_size) for row in mine])
-        self._drawn = mx.array([float(row.generated) for row in mine])
+        self._drawn, self._ones = mx.array([float(row.generated) for row in mine]), mx.ones(len(mine))
         prompts = any(row.params.repetition_penalty != 1 for row in mine)
         self._prompted = mx.stack([row.prompted(vocab_size) for row in mine]) if prompts else None
         self._penalty = _column([row.params.repetition_penalty for row in mine])
@@ -166,10 +165,11 @@ class _Adjustments:
         bias = [(index, *each) for index, row in enumerate(mine) for each in row.params.logit_bias]
         self._bias = [mx.array(list(column)) for column in zip(*bias, strict=True)]
 
-    def __call__(self, inputs: mx.array, logits: mx.array, logprobs: mx.array) -> mx.array:
-        """`logprobs` with the logits of the adjusted rows in their places: drawing needs no sum of one."""
+    def __call__(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        """Log-probabilities, and for the adjusted rows their logits: drawing needs no sum of one."""
         if self._all:
             return self._adjusted(inputs, logits)
+        logprobs = _normalised(logits).astype(mx.float32)
         logprobs[self._at] = self._adjusted(inputs[self._at], logits[self._at])
         return logprobs
 
@@ -186,7 +186,7 @@ class _Adjustments:
 
     def advance(self) -> None:
         """The inputs of the last call are counted from now on."""
-        self._counts, self._drawn = self._next_counts, mx.ones_like(self._drawn)
+        self._counts, self._drawn = self._next_counts, self._ones
 
     def counts_by_row(self) -> dict[int, mx.array]:
         return {row: self._counts[index] for index, row in enumerate(self._which)}
