@@ -9,13 +9,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
+from service.engine.estimate import DOWN, UP
 from service.engine.pacing import (
     ALIGNED,
-    DOWN,
     HEADROOM,
     ROOM_TO_GROW,
     SMALLEST_CHUNK,
-    UP,
     Load,
     Pacer,
     StepCosts,
@@ -303,6 +302,29 @@ def test_a_step_of_no_time_teaches_nothing_and_calibration_forgets(planned: Plan
     observe(p, 3 * usual)
     p.calibrate(COSTS)
     assert planned(p) == usual
+
+
+H100 = StepCosts(decode_base=0.00303, decode_row=0.000104, decode_context=1.26e-7, prefill_token=3.5e-5)
+
+
+def test_what_context_costs_is_not_unlearnt_from_steps_in_which_it_is_hidden() -> None:
+    """Seen on an H100: launching takes 7 ms, whatever the rows and their contexts, until attention takes longer."""
+    p = pacer(H100)
+    for _ in range(300):
+        for batch in ((1, 200), (16, 170), (8, 1000), (8, 2000), (32, 250)):
+            p.observe_decode(0.007, batch)
+    assert p.decode_seconds((16, 170)) == pytest.approx(0.007, rel=0.3)
+    assert p.home(((16, 170),), 1, 13_800) is None, "beside it 16 rows would take five times as long"
+    assert p.home(((16, 170),), 1, 400) == 0
+
+
+def test_context_that_costs_less_than_was_measured_is_believed_where_it_has_most_of_the_step() -> None:
+    p = pacer(replace(H100, decode_context=100 * H100.decode_context))  # measured beside other work
+    assert p.home(((16, 170),), 1, 500) is None
+    for _ in range(100):
+        p.observe_decode(0.008, (8, 1000))
+    assert p.decode_seconds((8, 1000)) == pytest.approx(0.008, rel=0.1)
+    assert p.home(((16, 170),), 1, 500) == 0
 
 
 def test_a_chunk_that_is_not_typical_is_a_turn_and_no_lesson() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -52,6 +55,22 @@ def assert_holds(cache: RowCache, places: Places, rows: Sequence[int]) -> None:
         assert alone.offset == length
         assert mx.array_equal(alone.keys, content(row, length))
         assert mx.array_equal(alone.values, -content(row, length))
+
+
+def test_a_write_is_one_scatter_with_indices_that_all_layers_share(tmp_path: Path) -> None:
+    """mlx casts indices of different types, and makes those of a slice, for each layer anew: 160 kernels of 16."""
+    rows = [(1, 3), (2, 5)]
+    places = Places([length for _, length in rows])
+    layers = [taken(places, rows) for _ in range(2)]
+    new = mx.concatenate([content(row, length + 1)[:, :, -1:] for row, length in rows])
+    mx.eval(new, places.next(HEADS), [layer.state for layer in layers])
+    for layer in layers:
+        layer.update_and_fetch(new, -new)
+    with (tmp_path / "graph.dot").open("w") as graph:
+        mx.export_to_dot(graph, *[layer.keys for layer in layers])
+    made = Counter(re.findall(r'label ?= ?"(\w+)"', (tmp_path / "graph.dot").read_text()))
+    assert made["Scatter"] == len(layers)
+    assert not {"AsType", "Arange", "Copy"} & set(made)
 
 
 def test_rows_of_a_padded_batch_move_to_the_front() -> None:
