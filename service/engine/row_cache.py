@@ -143,8 +143,8 @@ class RowCache:
             self.keys[:1, :, reach - 1 : reach] = keys
             self.values[:1, :, reach - 1 : reach] = values
         else:
-            at = places.next(keys.shape[1])
-            self.keys[at], self.values[at] = keys.squeeze(2), values.squeeze(2)
+            self.keys[places.next(keys.shape[1])] = keys.squeeze(2)
+            self.values[places.next(values.shape[1])] = values.squeeze(2)
         return self.keys[:rows, :, :reach], self.values[:rows, :, :reach]
 
     def _empty_like(self, array: mx.array) -> mx.array:

@@ -612,14 +612,26 @@ def read(screen: int) -> bytes:
         return b""
 
 
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive a test that fails, which would wait for it for ever."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_ctrl_c_leaves_the_terminal_as_it_was(config: str) -> None:
     screen, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 120))
     before = termios.tcgetattr(theirs)
     with answering() as (url, _):
         command = [sys.executable, "-m", "service", "--config", config, "top", "--url", url, "--interval", "0.2"]
-        with subprocess.Popen(
-            command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+        with ended(
+            subprocess.Popen(
+                command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+            )
         ) as process:
             shown = b""
             while b"Tiny" not in shown:
