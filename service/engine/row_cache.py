@@ -52,8 +52,9 @@ class Places:
         return max(self.lengths, default=0) + 1
 
     def next(self, heads: int) -> tuple[mx.array, ...]:
-        """Where in a (rows, heads, positions, width) buffer each row's next token lies: indices (rows, heads) for the
-        first three. Made once a step, and all of one type: what else mlx needs for a write it makes anew for each."""
+        """Where in a (rows, heads, positions, width) buffer each row's next token lies: indices (rows, heads) along the
+        first three. Made once a step and of one type: mlx would cast others, and make those of a slice, at each write.
+        """
         if heads not in self._next:
             rows, positions = mx.arange(len(self.lengths))[:, None], self.array[:, None]
             self._next[heads] = tuple(mx.broadcast_arrays(rows, mx.arange(heads), positions))
