@@ -281,14 +281,19 @@ def redis() -> Iterator[RedisServer]:
 
 
 @contextmanager
-def sharing(folder: Path, redis: RedisServer, plan: dict[str, Any], instances: int = 2) -> Iterator[list[Served]]:
+def sharing(
+    folder: Path, redis: RedisServer, plan: dict[str, Any], instances: int, redis_timeout: float = 0.1
+) -> Iterator[list[Served]]:
     file = private(folder / "redis-url", redis.url)
     more = {"limits.redis_url_file": str(file), "limits.redis_retry_interval": 0.1}
     with ExitStack() as stack:
-        yield [
-            stack.enter_context(served(settings_for(folder / f"state{number}", plan, **more), FakeBackend()))
-            for number in range(instances)
-        ]
+        services = []
+        for number in range(instances):
+            settings = settings_for(folder / f"state{number}", plan, **more)
+            limits = settings.limits.model_copy(update={"redis_timeout": redis_timeout})
+            settings = settings.model_copy(update={"limits": limits})
+            services.append(stack.enter_context(served(settings, FakeBackend())))
+        yield services
 
 
 def store(service: Served) -> RedisStore:
@@ -304,7 +309,8 @@ async def gauge(service: Served, http: httpx.AsyncClient) -> str:
 
 async def test_two_services_share_the_requests_and_tokens_of_a_minute(tmp_path: Path, redis: RedisServer) -> None:
     plan = {"requests_per_minute": 20, "tokens_per_minute": 400}
-    with sharing(tmp_path, redis, plan) as (one, other):
+    # Longer than a configuration can say: after an answer that is late, each instance counts alone.
+    with sharing(tmp_path, redis, plan, 2, redis_timeout=10.0) as (one, other):
         async with httpx.AsyncClient(timeout=60) as http:
             await until(lambda: store(one).up and store(other).up)
             body = {"prompt": "ab", "max_tokens": 148}
@@ -360,7 +366,7 @@ async def check_serving(service: Served, http: httpx.AsyncClient, what: str) -> 
 async def test_whatever_becomes_of_redis_the_service_serves_and_its_gauge_tells(
     tmp_path: Path, redis: RedisServer
 ) -> None:
-    with sharing(tmp_path, redis, {}, instances=1) as [service]:
+    with sharing(tmp_path, redis, {}, 1) as [service]:
         async with client(service) as http:
             await until(lambda: store(service).up)
             assert await gauge(service, http) == "1.0"
