@@ -232,7 +232,8 @@ class Inference:
         """Tokens of a prompt of about `size` characters, made off the loop unless it is short."""
         if size <= SHORT:
             return tuple(encode())
-        return tuple(await asyncio.get_running_loop().run_in_executor(self._encoders, encode))
+        with self.engine.arrivals.underway():
+            return tuple(await asyncio.get_running_loop().run_in_executor(self._encoders, encode))
 
     def _check_length(self, ask: Ask, info: ModelInfo, plan: PlanSettings, tokens: int, *, at_least: bool) -> None:
         """Raises ContextLengthExceeded, or InvalidRequest for what the plan does not allow."""

@@ -72,6 +72,7 @@ class FakeBackend:
     rebuilds: int = 0
     closed: bool = False
     busy: bool = False
+    worth_waiting: float = 0.0
     active: int = 0
     loaded: threading.Event = field(default_factory=threading.Event)
     inserted: threading.Event = field(default_factory=threading.Event)
@@ -106,6 +107,9 @@ class FakeBackend:
     def make_room(self, nbytes: int) -> None:
         self._own()
         assert nbytes >= 0
+
+    def patience(self, positions: int) -> float:
+        return self.worth_waiting
 
     def do_meanwhile(self, work: Callable[[], object]) -> None:
         """Is not done: steps of this one are not waited for."""

@@ -1,7 +1,7 @@
 """What the engine asks of a model runtime: the `Backend` protocol and the values that cross it.
 
-Every method of a backend belongs to the generation thread. `mlx_backend.py` is the real one; tests script
-another. Nothing here imports mlx.
+Every method of a backend belongs to the generation thread, but for those that say so. `mlx_backend.py` is the real
+one; tests script another. Nothing here imports mlx.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class Backend(Protocol):
 
     def make_room(self, nbytes: int) -> None:
         """Shrink the prefix cache until at most `nbytes` remain in it."""
+
+    def patience(self, positions: int) -> float:
+        """Seconds that it is worth it for a prompt, of which so many are to be computed, to wait for others that are
+        prefilled with it: those that a prefill takes however much it computes, less those of its own. Any thread."""
 
     @property
     def busy(self) -> bool:

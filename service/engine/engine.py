@@ -25,6 +25,7 @@ from functools import partial
 
 import structlog
 
+from service.engine.arrivals import Arrivals
 from service.engine.backend import Backend, MemoryUse, ModelInfo
 from service.engine.canary import CanaryFailed
 from service.engine.drain import Drain
@@ -77,6 +78,7 @@ class Engine:
         self._lost = False
         self._live: set[Generation] = set()
         self._drain: Drain | None = None
+        self.arrivals = Arrivals()
 
     @property
     def state(self) -> EngineState:
@@ -129,6 +131,7 @@ class Engine:
         """Queue all of the requests or none. Raises QueueFull, NotReady, Draining, EngineFailed, InvalidRequest."""
         self.ready_info()
         assert self._worker is not None
+        self.arrivals.came(self._worker, sum(len(request.prompt) for request in requests))
         generations = [Generation(request, self._cancel) for request in requests]
         try:
             self._worker.submit(generations)
@@ -194,13 +197,12 @@ class Engine:
             self._set(EngineState.STOPPED, "stopped")
 
     def lose(self, detail: str) -> None:
-        """The generation thread is stuck: `failed`, and everybody who waits is told so, on its behalf.
-
-        It is neither asked nor waited for any more: it may hold the worker's lock.
-        """
+        """The generation thread is stuck: `failed`, and everybody who waits is told so, on its behalf. It is neither
+        asked nor waited for any more: it may hold the worker's lock."""
         if self._state in {EngineState.FAILED, EngineState.STOPPED}:
             return
         self._lost = True
+        self.arrivals.lose()
         error = EngineFailed("The engine has failed.", retry_after=RETRY_LOADING)
         self._fail(error, detail)
         for generation in tuple(self._live):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.engine.admission import Ticket
-from service.engine.backend import Row, Token
+from service.engine.backend import Backend, Row, Token
 from service.engine.generation import FinishReason, Generation, GenerationRequest, Meter, Usage
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
@@ -142,3 +142,11 @@ class Plan:
     insert: list[Row] = field(default_factory=list)
     room: int = 0
     canary: bool = False
+
+    def carry_out(self, backend: Backend) -> None:
+        """Who leaves goes, then who comes is inserted, with room for them."""
+        backend.remove(self.remove)
+        if self.insert:
+            backend.make_room(self.room)
+        for row in self.insert:
+            backend.insert(row)

@@ -16,6 +16,8 @@ class Lineup:
     """Asked once before each step, then told. `most`: rows of a cohort."""
 
     def __init__(self, most: int) -> None:
+        self.held = False
+        """Whether who waits is held for others who are on their way, unless they are a cohort already."""
         self._most = self._allowed = most
         self._standing = 0
         self._stalled = False
@@ -25,8 +27,12 @@ class Lineup:
         """Whether rows that were handed over wait although the backend has nothing else to do with newcomers."""
         return self._stalled
 
-    def room(self, running: Sequence[Job], *, busy: bool) -> int:
-        """Rows to hand over now, beside those that are `running`; `busy`: the backend is copying."""
+    def due(self, waiting: int) -> bool:
+        """Whether any of so many who wait is not held."""
+        return waiting > 0 and (not self.held or waiting >= self._most)
+
+    def room(self, running: Sequence[Job], waiting: int, *, busy: bool) -> int:
+        """Rows to hand over now of `waiting`, beside those that are `running`; `busy`: the backend is copying."""
         phases = [job.phase for job in running]
         left = phases.count("queue")
         begun, self._standing = self._standing - left, left
@@ -37,7 +43,7 @@ class Lineup:
             self._allowed = min(self._most, 2 * (begun if left else self._allowed))
         if self._stalled:
             self._allowed = 1
-        return max(0, self._allowed - left)
+        return max(0, self._allowed - left) if self.due(waiting) else 0
 
     def handed_over(self, rows: int) -> None:
         """So many were."""

@@ -1,8 +1,8 @@
 """The real backend: mlx-lm's continuous batching on one thread.
 
-Every method belongs to the generation thread, and so does every array: mlx's streams are thread-local.
-`BatchGenerator` is not used: its constructor raises Metal's wired limit (never raising it was the
-condition of panic-free runs, ml-explore/mlx #3186), and its step is not bounded in time.
+Every method but `patience` belongs to the generation thread, and so does every array: mlx's streams are thread-local.
+`BatchGenerator` is not used: its constructor raises Metal's wired limit (never raising it was the condition of
+panic-free runs, ml-explore/mlx #3186), and its step is not bounded in time.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class MlxBackend:
         """Run the shapes of traffic once and learn what a step costs."""
         self.pacer.calibrate(Warmup(self, self._settings.engine, clock=self._clock).run(progress))
         self.rebuild()
-        costs = asdict(self.pacer.costs).items()
-        self._log.info("warmed_up", **{name: float(f"{seconds:.2g}") for name, seconds in costs})
+        self._log.info("warmed_up", **{name: float(f"{cost:.2g}") for name, cost in asdict(self.pacer.costs).items()})
 
     @property
     def max_rows(self) -> int:
@@ -106,6 +105,9 @@ class MlxBackend:
     def make_room(self, nbytes: int) -> None:
         """Shrink the prefix cache to at most `nbytes`."""
         self._prefixes.make_room(nbytes)
+
+    def patience(self, positions: int) -> float:
+        return self.pacer.patience(positions)
 
     def step(self) -> StepResult:
         """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers."""
@@ -240,10 +242,10 @@ class MlxBackend:
         self._prefixes.store(state.row.tenant, tokens, layers)
 
     def _drop_failed(self, result: StepResult) -> None:
-        failed = self._decode.take_failed()
-        live = {state.row.uid for state in self._decode.rows if failed and not state.leaving}
-        result.failed += [(uid, error) for uid, error in failed.items() if uid in live]
-        self.remove(list(failed))
+        if failed := self._decode.take_failed():
+            live = {state.row.uid for state in self._decode.rows if not state.leaving}
+            result.failed += [(uid, error) for uid, error in failed.items() if uid in live]
+            self.remove(list(failed))
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         """Take rows out between steps, from wherever they are; those that decode leave with the next step."""
@@ -288,10 +290,8 @@ class MlxBackend:
         mx.clear_cache()
 
     def close(self) -> None:
-        """Free rows, prefixes, weights and mlx's buffer pool, and end mlx's streams of this thread.
-
-        A thread that ends with streams of its own left aborts the process at exit (seen with mlx 0.32.4).
-        """
+        """Free rows, prefixes, weights and mlx's buffer pool, and end mlx's streams of this thread: where it ends with
+        some left, the process aborts at exit (seen with mlx 0.32.4)."""
         self.model = None
         self.rebuild()
         self._decode = DecodeGroups(None, frozenset(), self.pacer)

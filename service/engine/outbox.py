@@ -8,6 +8,8 @@ that step has been launched, where one follows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum, auto
 
 from service.engine.generation import Delta, Generation
@@ -32,7 +34,7 @@ class When(Enum):
 
 
 class Outbox:
-    """What waits for the hand-over, a delta for each generation. Whoever calls holds the worker's lock.
+    """What waits for the hand-over to `deliver`, a delta for each generation. Whoever posts holds the worker's `lock`.
 
     Text may wait for the next step while that is no further from `interval` seconds after the last hand-over than now
     is; from 16 to 32 streams the interval grows to twice as much. Where the next step `overlaps` with the hand-over it
@@ -40,8 +42,18 @@ class Outbox:
     with them.
     """
 
-    def __init__(self, interval: float) -> None:
+    def __init__(
+        self,
+        interval: float,
+        *,
+        lock: AbstractContextManager[object],
+        clock: Callable[[], float],
+        deliver: Callable[[Sequence[Delivery]], object],
+    ) -> None:
         self._interval = interval
+        self._lock = lock
+        self._clock = clock
+        self._deliver = deliver
         self._waiting: dict[Generation, Delta] = {}
         self._urgent = False
         self._handed_over = float("-inf")
@@ -57,8 +69,14 @@ class Outbox:
         """A step has ended, and one as long as `pace` comes; None: nobody knows. `overlaps` as `StepResult`'s."""
         self._pace, self._overlaps = pace, overlaps and pace is not None
 
-    def take(self, now: float, when: When) -> list[Delivery]:
-        """What is to be handed over now."""
+    def hand_over(self, when: When = When.NOW) -> None:
+        """Deliver what is not to wait any longer. Takes the lock; either thread."""
+        with self._lock:
+            taken = self._take(self._clock(), when)
+        if taken:
+            self._deliver(taken)
+
+    def _take(self, now: float, when: When) -> list[Delivery]:
         if not self._waiting or (not self._urgent and self._may_wait(now, when)):
             return []
         taken, self._waiting, self._urgent = self._waiting, {}, False

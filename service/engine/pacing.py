@@ -151,6 +151,11 @@ class Pacer:
         """Planned seconds to prefill `positions` after `context` tokens."""
         return self._prefill.of(*self._prefill_parts(positions, context))
 
+    def patience(self, positions: int) -> float:
+        """Seconds by which the fixed part of a prefill is more than that of so many positions. Any thread."""
+        fixed, own = self._prefill.scaled(*self._prefill_parts(positions, 0))
+        return max(0.0, fixed - own)
+
     def plan(self, load: Load) -> StepPlan:
         """What the next step does."""
         if not load.cohort:

@@ -139,6 +139,11 @@ class Rates:
         self._longest = max(computed, KEEP * self._longest)
         self._used.add(usage.completion_tokens, max_tokens)
 
+    def to_compute(self, prompt: int) -> int:
+        """Tokens of such a prompt that the prefix cache is not expected to have. Any thread."""
+        computed = self._computed.value
+        return prompt if computed is None else round(prompt * computed)
+
     def pace(self) -> Pace | None:
         """What is known now; None until a prompt was read, a token decoded, and a row has ended."""
         prefill, used, computed = self._prefill.value, self._used.value, self._computed.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -48,7 +49,6 @@ class Worker:
         self._backend = backend
         self._info = info
         self._clock = clock
-        self._deliver = deliver
         self._telemetry = telemetry
         self._log = structlog.get_logger("engine")
         self._wake = threading.Condition()
@@ -61,8 +61,8 @@ class Worker:
         self._next_uid = 0
         self._orders = Orders()
         self._over: ServiceError | None = None
-        self._outbox = Outbox(settings.delivery_interval)
-        backend.do_meanwhile(lambda: self._flush(When.DURING))
+        self._outbox = Outbox(settings.delivery_interval, lock=self._wake, clock=clock, deliver=deliver)
+        backend.do_meanwhile(partial(self._outbox.hand_over, When.DURING))
         self._progress = progress
         self._canary = Canary(backend, info, telemetry=telemetry, progress=progress)
         self._canary_interval = canary_interval or None
@@ -73,10 +73,7 @@ class Worker:
     # -- from the event loop ------------------------------------------------------------------------------
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Queue all or none, and only what is expected to begin before its deadline.
-
-        Raises InvalidRequest for what could never be served, QueueFull and DeadlineUnreachable for what may be later.
-        """
+        """Queue all or none, and only what is expected to begin before its deadline. Raises as `Foresight.wait`."""
         numbered = dict(enumerate(map(self._job, generations), self._next_uid))
         tickets = [job.ticket(uid) for uid, job in numbered.items()]
         expected = self._foresight.wait(tickets, now := self._clock())
@@ -90,7 +87,19 @@ class Worker:
                 job.submitted(now, expected)
                 self._uids[job.generation] = uid
             self._progress.queued()
-            self._wake.notify()
+            if self._lineup.due(self.waiting):
+                self._wake.notify()
+
+    def hold(self, held: bool) -> None:
+        """Whether newcomers wait for others who are on their way, unless they are a cohort already."""
+        with self._wake:
+            self._lineup.held = held
+            if not held:
+                self._wake.notify()
+
+    def patience(self, prompt: int) -> float:
+        """Seconds for which it is worth it to hold a prompt of so many tokens for others."""
+        return self._backend.patience(self._foresight.rates.to_compute(prompt))
 
     def _in_batch(self) -> list[Job]:
         return [self._jobs[uid] for uid in self._admission.running_uids()]
@@ -116,7 +125,7 @@ class Worker:
         with self._wake:
             for uid in self._admission.withdraw_all():
                 self._end(uid, error.code, Delta(error=error))
-        self._flush()
+        self._outbox.hand_over()
 
     def abort_running(self, error: ServiceError) -> None:
         """End every running row with `error` at the next step boundary."""
@@ -163,7 +172,7 @@ class Worker:
             for uid in list(self._jobs):
                 self._admission.withdraw(uid)
                 self._end(uid, error.code, Delta(error=error))
-        self._flush()
+        self._outbox.hand_over()
 
     def _turn(self) -> bool:
         """One pass of admit, step, deliver. False when told to stop."""
@@ -174,7 +183,7 @@ class Worker:
                 return False
             plan = self._plan(canary=canary)
             wanted = bool(self._jobs)
-        self._flush(When.BEFORE if wanted and not plan.insert else When.NOW)
+        self._outbox.hand_over(When.BEFORE if wanted and not plan.insert else When.NOW)
         self._progress.enter(Phase.STEPPING)
         result = self._step(plan)
         self._progress.enter(Phase.DELIVERING)
@@ -183,7 +192,7 @@ class Worker:
             self._progress.stepped(fruitful=result.fruitful, wanted=wanted)
             steady = len(result.tokens) == self._admission.running and not result.copies  # so will be the next step
             self._outbox.stepped(result.decode_seconds if steady else None, overlaps=result.overlaps)
-        self._flush(When.AFTER)
+        self._outbox.hand_over(When.AFTER)
         self._backend.remove(stopped, keep_prefix=True)
         if self._canary.overgrown(self._backend.memory()):
             self._recover()
@@ -193,7 +202,7 @@ class Worker:
     def _rest(self) -> bool:
         """Wait for something to do; True when nothing came for so long that the canary is due."""
         for patience in (SETTLING, self._canary_interval):
-            while not (self._orders or self._jobs or self._backend.busy):
+            while not (self._orders or self.running or self._lineup.due(self.waiting) or self._backend.busy):
                 self._progress.rest()
                 if not self._wake.wait(patience):
                     break
@@ -219,7 +228,7 @@ class Worker:
             late = DeadlineExceeded(self._jobs[uid].phase)
             plan.remove.append(uid)
             self._end(uid, late.code, Delta(error=late))
-        room = self._lineup.room(self._in_batch(), busy=self._backend.busy)
+        room = self._lineup.room(self._in_batch(), self.waiting, busy=self._backend.busy)
         plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit(room)]
         self._lineup.handed_over(len(plan.insert))
         plan.room = self._info.memory.budget - self._admission.reserved_bytes
@@ -228,11 +237,7 @@ class Worker:
     def _step(self, plan: Plan) -> StepResult:
         """Let the backend follow the plan and take one step; a step that is lost yields nothing."""
         try:
-            self._backend.remove(plan.remove)
-            if plan.insert:
-                self._backend.make_room(plan.room)
-            for row in plan.insert:
-                self._backend.insert(row)
+            plan.carry_out(self._backend)
             if plan.canary:
                 self._canary.sing()
             began = self._clock()
@@ -253,7 +258,7 @@ class Worker:
         with self._wake:
             for uid in self._admission.running_uids():
                 self._end(uid, failed.code, Delta(error=failed))
-        self._flush()
+        self._outbox.hand_over()
         self._canary.judge()
 
     def _collect(self, result: StepResult) -> list[int]:
@@ -291,10 +296,3 @@ class Worker:
             self._foresight.rates.ended(usage, job.request.max_tokens)
         if last is not None:
             self._outbox.post(job.generation, last, urgent=True)
-
-    def _flush(self, when: When = When.NOW) -> None:
-        """Hand over what is in the outbox; either thread."""
-        with self._wake:
-            outbox = self._outbox.take(self._clock(), when)
-        if outbox:
-            self._deliver(outbox)

@@ -178,6 +178,13 @@ def test_a_step_s_time_is_divided_as_the_backend_timed_it_and_copies_are_the_new
     assert pace.chunk == 30
 
 
+def test_of_a_prompt_what_the_prefix_cache_had_of_others_is_not_computed() -> None:
+    rates = Rates()
+    assert rates.to_compute(1000) == 1000
+    rates.ended(Usage(prompt_tokens=100, completion_tokens=1, cached_tokens=90), 1)
+    assert rates.to_compute(1000) == 100
+
+
 def test_where_steps_decode_and_prefill_in_turn_chunks_are_seen_all_the_same() -> None:
     rates = Rates()
     rates.ended(Usage(prompt_tokens=1, completion_tokens=1), 1)

@@ -27,7 +27,7 @@ class Beginning:
 
     def turn(self, *, busy: bool = False) -> int:
         """Hand over, then step; returns with how many rows the step began."""
-        room = self.lineup.room(cast("list[Any]", self.rows), busy=busy)
+        room = self.lineup.room(cast("list[Any]", self.rows), self.waiting, busy=busy)
         handed = min(room, self.waiting)
         self.lineup.handed_over(handed)
         self.waiting -= handed
@@ -97,3 +97,18 @@ def test_copies_are_no_reason_to_wait() -> None:
     assert not backend.stalled()
     backend.turn()
     assert backend.stalled()
+
+
+def test_who_is_held_is_not_handed_over_until_there_are_enough_for_a_cohort() -> None:
+    backend = Beginning(at_a_time=8, waiting=7)
+    backend.lineup.held = True
+    assert not backend.lineup.due(7)
+    assert backend.turn() == 0
+    backend.waiting += 1
+    assert backend.lineup.due(8)
+    assert backend.turn() == 8
+    backend.waiting = 1
+    assert backend.turn() == 0
+    backend.lineup.held = False
+    assert backend.turn() == 1
+    assert not backend.lineup.due(0)

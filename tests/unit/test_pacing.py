@@ -378,3 +378,13 @@ def test_copies_get_an_eighth_of_the_target_beside_rows_that_take_half_of_it() -
     assert p.copies_until(10.0, 10.0 + 0.3 * TARGET) == 10.0 + TARGET / 2
     assert p.copies_until(10.0, 10.0 + 0.6 * TARGET) == pytest.approx(10.0 + 0.725 * TARGET)
     assert p.copies_until(10.0, 10.0 + 0.75 * TARGET) == pytest.approx(10.0 + 0.8 * TARGET)
+
+
+def test_company_is_worth_waiting_for_where_a_prefill_costs_more_than_its_positions() -> None:
+    p = pacer(StepCosts(prefill_base=0.015, prefill_token=1e-5))
+    assert p.patience(500) == pytest.approx(0.01)
+    assert p.patience(1500) == pytest.approx(0.0)
+    assert p.patience(8000) == 0.0
+    for _ in range(50):
+        p.observe_prefill(64, 0, 0.001)
+    assert p.patience(500) == 0.0, "as they are seen to be"
