@@ -61,5 +61,5 @@ def _compute(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    app._mlx = lambda settings, start: StandIn()  # type: ignore[assignment]
+    app._mlx = lambda settings, start: StandIn()
     main()
