@@ -158,12 +158,13 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         self.rows = [self.rows[index] for index in keep]
 
     def advance(self, count: int) -> int:
-        """Prefill up to `count` tokens of every row, never its last one; returns positions computed."""
+        """Prefill up to `count` tokens of every row, or what such a chunk is padded to; never a row's last one. Returns
+        positions computed."""
         count = min(count, self.longest_rest - 1)
         self._chunks += 1
         size = self._planned_size(count) if self._even and count else 0
-        if 0 < size < count:
-            count = size
+        if size:  # rather tokens than padding
+            count = min(size, self.longest_rest - 1)
         pieces = []
         for state in self.rows:
             taken = min(count, len(state.rest) - 1)

@@ -469,6 +469,23 @@ def test_where_cudnn_plans_chunks_of_several_rows_have_few_widths_and_the_prompt
         assert mx.allclose(one.values, other.values, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, LEAST_PLANNED), (3, PLANNED_STEP)])
+def test_where_cudnn_plans_a_chunk_has_tokens_rather_than_padding(backend: MlxBackend, rows: int, width: int) -> None:
+    """Eight positions that are padded to 64 take as long as 64, and a long prompt took eight times as many chunks."""
+    states = [backend.row_state(row(uid, [3 + index % 250 for index in range(200)])) for uid in range(rows)]
+    batch = PrefillBatch(backend.model, states, [backend.fresh_cache() for _ in states], planned=True)
+    list(batch.prepare())
+    assert batch.advance(8) == width * rows
+    assert batch.context == width
+    while batch.longest_rest - 1 > width:
+        batch.advance(8)
+    left = batch.longest_rest - 1
+    batch.advance(8)
+    assert batch.ready
+    assert batch.context == 199
+    assert 0 < left < width
+
+
 @pytest.mark.parametrize(
     ("steps", "lengths", "cost"),
     [
