@@ -39,7 +39,8 @@ class Arrivals:
             yield
         finally:
             self._underway -= 1
-            self._watch()
+            if not self._through:
+                self._watch()
 
     def came(self, worker: Worker, prompt: int) -> None:
         """Somebody with a prompt of so many tokens is about to be submitted to `worker`."""
@@ -47,8 +48,8 @@ class Arrivals:
         if self._through and (patience := min(MOST_PATIENCE, worker.patience(prompt))) > 0:
             worker.hold(True)
             self._holding = worker, asyncio.get_running_loop().call_later(patience, self._release)
-        self._through = False
-        self._watch()
+            self._through = False
+            self._watch()
 
     def lose(self) -> None:
         """The worker is lost: it is not told anything any more."""

@@ -1,4 +1,4 @@
-"""What a step is thought to take, corrected by what steps took. Arithmetic only; one thread."""
+"""What a step is thought to take, corrected by what steps took. Arithmetic only; one thread learns, any may look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many rows are handed to the backend before it begins with them. No mlx; one thread.
+"""How many rows are handed to the backend before it begins with them. No mlx; under the worker's lock.
 
 The backend takes prompts in the order in which it got them, and where steps are limited by time it may make them wait
 although admission has places left. Who stands there cannot be overtaken by who was served less. So no more stand there

@@ -1,4 +1,4 @@
-"""What one engine step does, so that it lasts about `target` seconds at most. No mlx; one thread.
+"""What one engine step does, so that it lasts about `target` seconds at most. No mlx; one thread, but for `patience`.
 
 A step may decode the live rows and prefill one chunk. What each costs is measured at warm-up and corrected by
 every step; what fits together into the target is done together (compare Sarathi-Serve, OSDI 2024). When none fits

@@ -26,7 +26,8 @@ COHORT = 8
 
 @dataclass
 class StandIn(FakeBackend):
-    worth_waiting: float = 0.015
+    worth_waiting: float = 0.004
+    """What an H100's 7.4 ms, less 35 us for each position, leave where a hundred tokens of a prompt are not cached."""
 
     def do_meanwhile(self, work: Callable[[], object]) -> None:
         self._meanwhile = work

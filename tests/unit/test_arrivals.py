@@ -146,6 +146,7 @@ def wave(service: Served, clients: int, prompt: str) -> None:
     host, port = service.url.removeprefix("http://").split(":")
     request = post(b'{"prompt": "%s", "max_tokens": 2}' % prompt.encode(), b"Connection: close\r\n")
     with ExitStack() as stack:
+        stack.callback(looks.set)
         connections = [stack.enter_context(socket.create_connection((host, int(port)), 60)) for _ in range(clients)]
         for connection in connections:
             connection.sendall(request)
