@@ -38,7 +38,7 @@ ENGINE_ON_MLX = [
     f"engine/{name}.py"
     for name in (
         *("mlx_backend", "batches", "decode_batch", "decode_groups", "row_cache", "sampling", "prefix_cache"),
-        *("models", "demo_model", "loading", "memory_limits", "one_matrix", "warmup", "device"),
+        *("models", "demo_model", "loading", "memory_limits", "one_matrix", "attention", "warmup", "device"),
     )
 ]
 FENCES = {

