@@ -74,10 +74,11 @@ class DecodeGroups:
                 batch.abandon_if_nobodys()
 
     def take_failed(self) -> dict[int, Exception]:
-        """Rows whose own sampling failed, by uid, each told once."""
+        """Rows whose own sampling failed, by uid, each told once; nothing of those that are leaving."""
         found: dict[int, Exception] = {}
         for batch in self._batches:
-            found |= batch.failed
+            live = {state.row.uid for state in batch.rows if not state.leaving}
+            found |= {uid: error for uid, error in batch.failed.items() if uid in live}
             batch.failed.clear()
         return found
 

@@ -24,7 +24,7 @@ from service.engine.decode_batch import Chore
 from service.engine.decode_groups import DecodeGroups
 from service.engine.loading import LoadedModel, Report, load_model, measure_memory, memory_use, unheard
 from service.engine.memory_limits import limit_buffers, limit_memory
-from service.engine.pacing import Load, Pacer, StepPlan
+from service.engine.pacing import Load, Pacer
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sampling import RowSampling
 from service.engine.warmup import Warmup
@@ -61,6 +61,7 @@ class MlxBackend:
         self._gone: set[int] = set()
         self._shapes = Shapes()
         self._since = 0.0
+        self._told: float | None = None
         self._prefixes = PrefixCache(limit=0)
         self.model: Any = None
         self.pacer = Pacer(target=settings.engine.step_target, largest=settings.engine.max_prefill_chunk)
@@ -110,18 +111,21 @@ class MlxBackend:
         return self.pacer.patience(positions)
 
     def step(self) -> StepResult:
-        """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers."""
-        result, began = StepResult(), self._clock()
+        """What the pacer planned: wait for the live rows' tokens, prefill one chunk, or both; and a chore's layers.
+        After the first or last token of any row the rest follows with the next call."""
+        result, told, self._told = StepResult(), self._told, None
+        began = self._clock() if told is None else told
         if self._prefill is None and self._waiting and not self.busy:  # who leaves may leave a prefix for who comes
             self._next_cohort()
         load = self._load_now()
-        plan = self.pacer.plan(load)
         ahead = self.pacer.brief(*load.batches) if self._ahead is None else self._ahead
         chore = self._chore or self._next_chore()
-        if chore is not None and chore.beside and load.rows and not plan.decode:
-            plan = StepPlan(decode=True, launch=False)  # a turn for copies: rows need not wait for it
+        plan = self.pacer.plan(load, copying=chore is not None and chore.beside, told=told is not None)
         if load.rows and plan.decode and (chore is None or chore.beside or self._decode.launched):
-            self._emit(result, load, ahead=ahead and chore is None and not load.cohort)
+            urgent = self._emit(result, load, ahead=ahead and chore is None and not load.cohort)
+            if urgent and not self._decode.launched and (self._prefill is not None or self.busy):
+                self._told = began
+                return result
         if not self._work_off(began, result):
             return result
         fits = chore is None or self.pacer.chunk_fits(load, self._clock() - began)
@@ -170,8 +174,8 @@ class MlxBackend:
             cohort_left=prefill.left if prefill else None,
         )
 
-    def _emit(self, result: StepResult, load: Load, *, ahead: bool) -> None:
-        """Hand over one token of each row; with `ahead` the device already computes the one after it."""
+    def _emit(self, result: StepResult, load: Load, *, ahead: bool) -> bool:
+        """Hand over one token of each row; `ahead`: the next is computed meanwhile. Whether any is a first or last."""
         decode = self._decode
         result.decode_rows = len(decode)
         if not decode.launched:
@@ -180,12 +184,13 @@ class MlxBackend:
         if ahead:
             decode.launch(self._meanwhile)
         self._meanwhile()
-        for state, token, reason in decode.emit():
-            result.tokens.append(Token(state.row.uid, token, reason))
+        emitted = decode.emit()
+        result.tokens = [Token(each.state.row.uid, each.token, each.reason) for each in emitted]
         decode.abandon_if_nobodys()
         now = self._clock()
         result.decode_seconds, self._since = now - self._since, now
         self.pacer.observe_decode(result.decode_seconds, *load.batches)
+        return any(each.state.sampled == 1 or each.reason for each in emitted)
 
     def _prefill_once(self, batch: PrefillBatch, chunk: int, result: StepResult) -> None:
         began, context = self._clock(), batch.context
@@ -242,10 +247,9 @@ class MlxBackend:
         self._prefixes.store(state.row.tenant, tokens, layers)
 
     def _drop_failed(self, result: StepResult) -> None:
-        if failed := self._decode.take_failed():
-            live = {state.row.uid for state in self._decode.rows if not state.leaving}
-            result.failed += [(uid, error) for uid, error in failed.items() if uid in live]
-            self.remove(list(failed))
+        failed = self._decode.take_failed()
+        result.failed += failed.items()
+        self.remove(failed)
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:
         """Take rows out between steps, from wherever they are; those that decode leave with the next step."""
@@ -270,7 +274,7 @@ class MlxBackend:
         """Forget every row and prefix; the model stays."""
         self._waiting.clear()
         self._forming.clear()
-        self._prefill = self._chore = None
+        self._prefill = self._chore = self._told = None
         self._decode.clear()
         self._gone.clear()
         self._prefixes.clear()
@@ -278,12 +282,9 @@ class MlxBackend:
 
     def memory(self) -> MemoryUse:
         """mlx's own counters and the prefix cache's."""
+        kept, batch = self._prefixes, self._decode.nbytes
         return replace(
-            memory_use(),
-            prefix_cache=self._prefixes.nbytes,
-            prefix_capacity=self._prefixes.capacity,
-            prefix_entries=len(self._prefixes),
-            batch=self._decode.nbytes,
+            memory_use(), prefix_cache=kept.nbytes, prefix_capacity=kept.capacity, prefix_entries=len(kept), batch=batch
         )
 
     def release_pool(self) -> None:

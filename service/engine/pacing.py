@@ -156,8 +156,17 @@ class Pacer:
         fixed, own = self._prefill.scaled(*self._prefill_parts(positions, 0))
         return max(0.0, fixed - own)
 
-    def plan(self, load: Load) -> StepPlan:
-        """What the next step does."""
+    def plan(self, load: Load, *, copying: bool = False, told: bool = False) -> StepPlan:
+        """What the next step does. `copying`: it goes on with copies, beside which rows may decode. `told`: it is the
+        rest of one whose tokens were told already."""
+        plan = self._plan(load)
+        if told:
+            return replace(plan, decode=False)
+        if copying and load.rows and not plan.decode:  # a turn for copies: rows need not wait for it
+            return StepPlan(decode=True, launch=False)
+        return plan
+
+    def _plan(self, load: Load) -> StepPlan:
         if not load.cohort:
             return StepPlan(load.rows > 0)
         beside, chunk = self._share(load)

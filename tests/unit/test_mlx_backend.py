@@ -282,6 +282,25 @@ def test_rows_that_have_ended_are_not_decoded_while_others_are_copied(backend: M
     assert tokens == {1: alone(backend, folder, asked[1], max_tokens=8)}
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_begins_or_ends_is_told_before_others_are_prefilled_or_copied(folder: Path, *, ahead: bool) -> None:
+    """An answer's end would wait for the rest of the step, and so would the next request of whoever reads it."""
+    backend = loaded(folder, ahead=ahead, max_prefill_chunk=32)
+    asked = [3 + index % 250 for index in range(700)]
+    backend.insert(row(0, asked[:8], max_tokens=5))
+    backend.step()
+    backend.insert(row(1, asked, max_tokens=4))
+    tokens, results = finish(backend, 2)
+    assert tokens == {uid: alone(backend, folder, asked[:n], max_tokens=m) for uid, n, m in [(0, 8, 5), (1, 700, 4)]}
+    first, *between, last = (at for at, result in enumerate(results) if result.tokens and result.tokens[0].uid == 0)
+    for at in (first, last):
+        assert not results[at].prefill_tokens + results[at].copies
+        assert not results[at + 1].tokens
+        assert results[at + 1].prefill_tokens > 0
+    assert all(results[at].prefill_tokens > 0 for at in between), "beside them as ever"
+    assert results[last + 1].copies, "of who has left"
+
+
 def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBackend) -> None:
     """As on CUDA, where cuDNN plans for each stride."""
     kept = []

@@ -100,6 +100,22 @@ def test_a_step_is_planned_within_its_target_unless_the_least_it_can_do_takes_lo
         assert decode_alone or smallest or sum(seconds) <= TARGET * HEADROOM * (1 + 1e-9)
 
 
+@given(loads(least=1), any_costs, st.booleans())
+def test_the_rest_of_a_step_whose_tokens_were_told_is_what_the_whole_would_have_done(
+    load: Load, costs: StepCosts, copying: bool
+) -> None:
+    p = pacer(costs)
+    assert p.plan(load, copying=copying, told=True) == replace(p.plan(load), decode=False)
+
+
+@given(loads(), any_costs)
+def test_rows_decode_beside_copies_also_where_it_is_a_chunks_turn(load: Load, costs: StepCosts) -> None:
+    p = pacer(costs)
+    plan = p.plan(load)
+    expected = plan if plan.decode or not load.rows else StepPlan(decode=True, launch=False)
+    assert p.plan(load, copying=True) == expected
+
+
 @given(st.lists(loads(least=1), min_size=2, max_size=8), any_costs)
 def test_neither_the_live_rows_nor_the_cohort_wait_for_more_than_one_step(found: list[Load], costs: StepCosts) -> None:
     p = pacer(costs)
