@@ -121,13 +121,14 @@ def _vocab_size(model: Any) -> int:
     return int(logits.shape[-1])
 
 
-def memory_use() -> MemoryUse:
-    """mlx's own counters, and what the device recommends."""
+def memory_use(**ours: int) -> MemoryUse:
+    """mlx's own counters, what the device recommends, and what is `ours` of it."""
     return MemoryUse(
         active=mx.get_active_memory(),
         peak=mx.get_peak_memory(),
         buffer_cache=mx.get_cache_memory(),
         recommended=recommended_bytes(),
+        **ours,
     )
 
 

@@ -4,6 +4,7 @@ generation thread."""
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -26,9 +27,15 @@ LEAST_POOL = 512 * 1024 * 1024
 
 def recommended_bytes() -> int | None:
     """What a GPU recommends to stay below (Metal), or has (CUDA); None on a CPU."""
+    return None if mx.default_device() == mx.Device(mx.cpu) else _of_device()
+
+
+@cache
+def _of_device() -> int | None:
+    """Asked once, because it is for each step: with CUDA mlx asks the driver each time, for what is free as well."""
     info = mx.device_info()
     recommended = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
-    return int(recommended) if recommended and mx.default_device() != mx.Device(mx.cpu) else None
+    return int(recommended) if recommended else None
 
 
 def working_set() -> int:

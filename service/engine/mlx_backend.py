@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Final
 
 import mlx.core as mx
@@ -123,7 +123,7 @@ class MlxBackend:
         plan = self.pacer.plan(load, copying=chore is not None and chore.beside, told=told is not None)
         if load.rows and plan.decode and (chore is None or chore.beside or self._decode.launched):
             urgent = self._emit(result, load, ahead=ahead and chore is None and not load.cohort)
-            if urgent and not self._decode.launched and (self._prefill is not None or self.busy):
+            if urgent and not self._decode.launched and (ahead or self._prefill is not None or self.busy):
                 self._told = began
                 return result
         if not self._work_off(began, result):
@@ -181,7 +181,7 @@ class MlxBackend:
         if not decode.launched:
             self._since = self._clock()
             decode.launch(self._meanwhile)
-        if ahead:
+        if ahead and all(state.sampled for state in decode.rows):  # a first token does not wait for that
             decode.launch(self._meanwhile)
         self._meanwhile()
         emitted = decode.emit()
@@ -283,8 +283,8 @@ class MlxBackend:
     def memory(self) -> MemoryUse:
         """mlx's own counters and the prefix cache's."""
         kept, batch = self._prefixes, self._decode.nbytes
-        return replace(
-            memory_use(), prefix_cache=kept.nbytes, prefix_capacity=kept.capacity, prefix_entries=len(kept), batch=batch
+        return memory_use(
+            prefix_cache=kept.nbytes, prefix_capacity=kept.capacity, prefix_entries=len(kept), batch=batch
         )
 
     def release_pool(self) -> None:

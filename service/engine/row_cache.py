@@ -37,9 +37,16 @@ class Places:
     def _place(self) -> None:
         self.alone = len(self.lengths) == 1
         """Whether there is one row only: it is written as a slice and needs no mask, which costs less."""
-        self.array = mx.array(self.lengths, dtype=mx.int32)
+        self._array: mx.array | None = None
         self._next: dict[int, tuple[mx.array, ...]] = {}
         self._masks: dict[int | None, mx.array] = {}
+
+    @property
+    def array(self) -> mx.array:
+        """The lengths; made when first asked for, which one row alone seldom does."""
+        if self._array is None:
+            self._array = mx.array(self.lengths, dtype=mx.int32)
+        return self._array
 
     @property
     def offset(self) -> mx.array | int:
@@ -127,7 +134,7 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:  # noqa: ARG002, N803 -- mlx-lm's signature
         return self._places.mask(window_size)

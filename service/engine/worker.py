@@ -194,9 +194,10 @@ class Worker:
             self._outbox.stepped(result.decode_seconds if steady else None, overlaps=result.overlaps)
         self._outbox.hand_over(When.AFTER)
         self._backend.remove(stopped, keep_prefix=True)
-        if self._canary.overgrown(self._backend.memory()):
-            self._recover()
         self.memory = self._backend.memory()
+        if self._canary.overgrown(self.memory):
+            self._recover()
+            self.memory = self._backend.memory()
         return True
 
     def _rest(self) -> bool:

@@ -88,3 +88,22 @@ def test_a_model_larger_than_the_device_is_told_from_one_that_may_fit_later(
     monkeypatch.setattr("service.engine.loading.working_set", lambda: 1000)
     with pytest.raises(ModelTooLarge, match="more than this device has"):
         MlxBackend(settings(tiny_model_dir)).load()
+
+
+def test_what_a_gpu_recommends_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is wanted after each step, and CUDA's driver takes its time."""
+    asked: list[int] = []
+
+    def device_info(*_: object) -> dict[str, int]:
+        asked.append(1)
+        return {"total_memory": 1 << 36}
+
+    memory_limits._of_device.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "device_info", device_info)
+        assert memory_limits.recommended_bytes() is None
+        assert not asked, "on a CPU"
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        assert [memory_limits.recommended_bytes() for _ in range(3)] == [1 << 36] * 3
+    memory_limits._of_device.cache_clear()
+    assert asked == [1]
