@@ -232,7 +232,7 @@ class Worker:
         room = self._lineup.room(self._in_batch(), self.waiting, busy=self._backend.busy)
         plan.insert = [self._jobs[ticket.uid].row(ticket.uid) for ticket in self._admission.admit(room)]
         self._lineup.handed_over(len(plan.insert))
-        plan.room = self._info.memory.budget - self._admission.reserved_bytes
+        plan.room = self._info.memory.budget - self._admission.reserved_bytes if plan.insert else 0
         return plan
 
     def _step(self, plan: Plan) -> StepResult:
