@@ -29,12 +29,16 @@ class StandIn(FakeBackend):
     worth_waiting: float = 0.004
     """What an H100's 7.4 ms, less 35 us for each position, leave where a hundred tokens of a prompt are not cached."""
 
+    told: bool = False
+    """Whether a step has just ended with somebody's first or last token, and what is left of it is due."""
+
     def do_meanwhile(self, work: Callable[[], object]) -> None:
         self._meanwhile = work
 
     def step(self) -> StepResult:
         result, began = StepResult(overlaps=True), time.perf_counter()
-        live = [(uid, row) for uid, row in self.rows.items() if not row.prefill]
+        live = [] if self.told else [(uid, row) for uid, row in self.rows.items() if not row.prefill]
+        self.told = False
         cohort = [row for row in self.rows.values() if row.prefill][:COHORT]
         if live:
             _compute(DECODE[0])
@@ -42,6 +46,12 @@ class StandIn(FakeBackend):
             time.sleep(DECODE[1])
             result.tokens = [self._token(uid, row) for uid, row in live]
             result.decode_rows, result.decode_seconds = len(live), time.perf_counter() - began
+            self.told = any(
+                token.finish_reason or row.sampled == 1 for token, (_, row) in zip(result.tokens, live, strict=True)
+            )
+            if self.told:
+                result.overlaps = False
+                return result
         if cohort:
             began = time.perf_counter()
             for row in cohort:
