@@ -301,6 +301,28 @@ def test_who_begins_or_ends_is_told_before_others_are_prefilled_or_copied(folder
     assert results[last + 1].copies, "of who has left"
 
 
+def test_a_first_token_does_not_wait_until_the_next_one_is_launched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = loaded(folder, ahead=True)
+    launched: list[int] = []
+    launch = DecodeBatch.launch
+
+    def counted(*given: Any) -> None:
+        launched.append(1)
+        launch(*given)
+
+    monkeypatch.setattr(DecodeBatch, "launch", counted)
+    backend.insert(row(0, [5, 6], max_tokens=9))
+    results = [backend.step() for _ in range(6)]
+    first = next(at for at, result in enumerate(results) if result.tokens)
+    launched.clear()
+    backend.rebuild()
+    backend.insert(row(1, [5, 6], max_tokens=9))
+    before = [(len(backend.step().tokens), len(launched)) for _ in range(first + 3)]
+    assert before[first:] == [(1, 1), (0, 2), (1, 3)], "told, then launched; from then on one is computed ahead"
+
+
 def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBackend) -> None:
     """As on CUDA, where cuDNN plans for each stride."""
     kept = []
