@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_config, load_model as load_weights
 
@@ -86,6 +87,7 @@ def load_model(settings: Settings, progress: Report = unheard, *, room: Callable
         attend_without_plans(model)
     mx.eval(model.parameters())
     model.eval()
+    find_at_once(model)
     tokenizer = Tokenizer.load(files.path)
     return LoadedModel(
         name=files.name,
@@ -95,6 +97,16 @@ def load_model(settings: Settings, progress: Report = unheard, *, room: Callable
         context_length=_context_length(config, settings.engine.context_length),
         vocab_size=_vocab_size(model),
     )
+
+
+def find_at_once(model: Any) -> None:
+    """Make a model's layers plain attributes of each other too, for good: none may be replaced afterwards.
+
+    mlx finds them with `__getattr__`, which Python asks after everything else: a seventh of the time in which it builds
+    a step's graph, and on a GPU a small model's step may wait for that.
+    """
+    for module in model.modules():
+        vars(module).update({name: part for name, part in module.items() if isinstance(part, (nn.Module, list))})
 
 
 def _eos(config: dict[str, Any]) -> frozenset[int]:

@@ -16,10 +16,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import base, llama
 from mlx_lm.models.cache import BatchKVCache, ConcatenateKVCache, RotatingKVCache
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_model as load_weights, load_tokenizer
 
 from service.engine import attention, batches, cohorts, demo_model, mlx_backend, warmup
 from service.engine.backend import Row, StepResult
@@ -321,6 +323,31 @@ def test_a_first_token_does_not_wait_until_the_next_one_is_launched(
     backend.insert(row(1, [5, 6], max_tokens=9))
     before = [(len(backend.step().tokens), len(launched)) for _ in range(first + 3)]
     assert before[first:] == [(1, 1), (0, 2), (1, 3)], "told, then launched; from then on one is computed ahead"
+
+
+def test_a_models_layers_are_found_at_once_and_it_is_the_same_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python asks `__getattr__` last, and mlx's modules have all of their parts there."""
+    asked: list[str] = []
+    found = nn.Module.__getattr__
+
+    def counted(self: nn.Module, name: str) -> Any:
+        asked.append(name)
+        return found(self, name)
+
+    monkeypatch.setattr(nn.Module, "__getattr__", counted)
+    plain, _ = load_weights(folder)
+    tokens = mx.array([[5, 6, 7]])
+    expected = plain(tokens)
+    assert len(asked) > len(plain.layers)
+    model = load_model(Settings(model={"reference": str(folder)})).model
+    asked.clear()
+    assert mx.array_equal(model(tokens), expected)
+    assert set(asked) <= {"weight"}, "arrays alone, which may be replaced"
+    assert dict(tree_flatten(model.parameters())).keys() == dict(tree_flatten(plain.parameters())).keys()
+    model.update(tree_map(mx.zeros_like, model.parameters()))
+    assert not model(tokens).any(), "as its weights are"
 
 
 def test_keys_and_values_that_are_fetched_as_copies_are_the_same(backend: MlxBackend) -> None:
