@@ -50,10 +50,11 @@ def attention(  # noqa: PLR0917 -- mlx-lm's signature
     `queries` are (rows, heads, positions, width), `keys` and `values` (rows, key heads, reach, width), where several
     heads may share one of the keys'; `mask` is (rows or 1, 1, positions, reach), True where a position is seen.
     """
-    several = queries.shape[0] > 1 and queries.shape[2] > 1 and sinks is None and not hasattr(cache, "bits")
-    if not several or not isinstance(mask, mx.array) or mask.dtype != mx.bool_:
+    if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or sinks is not None or hasattr(cache, "bits"):
         return _fused(queries, keys, values, cache, scale, mask, sinks)
     rows, heads, positions, width = queries.shape
+    if rows == 1 or positions == 1:
+        return _fused(queries, keys, values, cache, scale, mask, sinks)
     shared, reach = keys.shape[1:3]
     # Heads that share keys are one matrix: a product for each of them would read the keys as often.
     grouped = (queries * scale).reshape(rows, shared, -1, width)

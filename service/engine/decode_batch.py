@@ -112,7 +112,7 @@ class DecodeBatch:
         tokens = self._launched.pop(0).tolist()
         emitted = []
         for state, known, token in zip(self.rows, self.tokens, tokens, strict=True):
-            if state.leaving:
+            if state.leaving or state.row.uid in self.failed:
                 continue
             known.append(token)
             state.sampled += 1

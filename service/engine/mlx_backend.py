@@ -125,6 +125,7 @@ class MlxBackend:
             urgent = self._emit(result, load, ahead=ahead and chore is None and not load.cohort)
             if urgent and not self._decode.launched and (ahead or self._prefill is not None or self.busy):
                 self._told = began
+                self._drop_failed(result)
                 return result
         if not self._work_off(began, result):
             return result
@@ -247,8 +248,7 @@ class MlxBackend:
         self._prefixes.store(state.row.tenant, tokens, layers)
 
     def _drop_failed(self, result: StepResult) -> None:
-        failed = self._decode.take_failed()
-        result.failed += failed.items()
+        result.failed += (failed := self._decode.take_failed()).items()
         self.remove(failed)
 
     def remove(self, uids: Iterable[int], *, keep_prefix: bool = False) -> None:

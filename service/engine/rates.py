@@ -119,9 +119,10 @@ class Rates:
     def step(self, result: StepResult, seconds: float) -> None:
         """A step took `seconds`, which its own timings divide between prefill and decode.
 
-        Time of neither is newcomers': copies that let rows join, the first steps of a prompt.
+        Time of neither is newcomers': copies that let rows join, the first steps of a prompt. It is nobody's where
+        there is no newcomer: the rest of a step, in which only the next tokens are launched.
         """
-        share = 1.0
+        share = 0.0 if result.overlaps and not result.copies + result.prefill_tokens else 1.0
         if result.decode_rows:
             timed = result.prefill_seconds + result.decode_seconds
             share = result.prefill_seconds / timed if timed else 0.0

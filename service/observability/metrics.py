@@ -127,7 +127,7 @@ class Metrics:
         )
         self.step_rows = Histogram(
             "mlxd_engine_step_rows",
-            "Rows that decoded in one engine step; 0: it read prompts only.",
+            "Rows that decoded in one engine step; 0: it read prompts, or was the rest of one.",
             buckets=ROWS,
             registry=self.registry,
         )

@@ -176,6 +176,10 @@ def test_a_step_s_time_is_divided_as_the_backend_timed_it_and_copies_are_the_new
     assert pace.decode(4) == pytest.approx(0.2)
     assert pace.prefill == pytest.approx((0.98 * 0.6 + 0.1) / (0.98 * 30))
     assert pace.chunk == 30
+    rates.step(StepResult(overlaps=True), 0.1)  # the next tokens were launched
+    assert rates.pace() == pace
+    rates.step(StepResult(copies=1, overlaps=True), 0.1)
+    assert rates.pace() != pace
 
 
 def test_of_a_prompt_what_the_prefix_cache_had_of_others_is_not_computed() -> None:
