@@ -106,10 +106,11 @@ class Watched:
             assert engine._thread is not None
             thread = engine._thread
             await engine.stop()
-            if thread.is_alive():  # it was given up, as it should be
-                assert engine._worker is not None
+            # Where it was given up, as it should be, it may still be here: with a worker, or while loading without one.
+            if engine._worker is not None:
                 engine._worker.stop()
-                await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, 30)
+            assert not thread.is_alive()
 
 
 async def idle(engine: Engine) -> None:
