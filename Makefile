@@ -91,19 +91,20 @@ debian-packages:
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 .PHONY: debian-packages
 
-# First, two at a time and each with one BLAS thread (threads of two would spin for each other): what is measured
-# for coverage; then, not measured, which would make them and the processes that they start twice as slow, what runs
-# whole services or many steps (what is longest first); last, alone, what takes both cores or the time.
+# First, three at a time, because it waits for a quarter of its time, and each with one BLAS thread (threads of two would
+# spin for each other): what is measured for coverage; then, two at a time and not measured, which would make them and
+# the processes that they start twice as slow, what runs whole services or many steps (what is longest first); last,
+# alone, what takes both cores or the time.
 test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (with ARGS= one run of pytest, which gets them)
 	@$(BIN)/coverage erase
 	@$(OPENBLAS_ENV) \
 	pytest="$(BIN)/python -m pytest"; \
 	if [ -n '$(ARGS)' ]; then exec $$pytest --cov=service -m 'not soak' $(ARGS); fi; \
 	failed=; \
-	beside="$$pytest -n 2 --dist loadfile --durations=15 -m"; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' --cov=service tests/launchd tests/unit || failed=1; \
-	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' tests/load tests --ignore tests/launchd --ignore tests/unit || failed=1; \
-	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit --ignore tests/security || failed=1; \
+	beside="$$pytest --dist loadfile --durations=15 -m"; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' -n 3 --cov=service tests/launchd tests/unit || failed=1; \
+	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' -n 2 tests/load tests --ignore tests/launchd --ignore tests/unit || failed=1; \
+	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit || failed=1; \
 	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts

@@ -19,6 +19,8 @@ from service.settings import Settings
 from tests.serving import BRIEF_CHUNK, Served, bearer, make_key, served
 from tests.tiny import make_tiny_llama
 
+pytestmark = pytest.mark.alone
+
 PROMPT_TOKENS = 3000
 BY_CHANCE = 12
 
