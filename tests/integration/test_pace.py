@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import selectors
@@ -33,9 +34,8 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
 ) -> None:
     """Left alone, one call of mlx-lm's `BatchGenerator.next` with 8 rows x 512 tokens took 19 s here.
 
-    Then the same prompts again, which are in the prefix cache now: all want to decode at once. That takes so few steps
-    that their p99 is the longest; so it is done three times, and one of them must be within the target throughout: what
-    a machine that stood still made longer is so once, what copies or rows made longer each time.
+    Then the same prompts again, which are in the prefix cache now: all want to decode at once. So often that there are
+    more than a hundred steps: of fewer the p99 is the longest.
     """
     length = count("bounded step: tokens of each of 8 prompts", 240, 2000)
     outputs = count("bounded step: output tokens of each", 8, 100)
@@ -45,23 +45,22 @@ def test_no_step_outlasts_its_target_while_eight_long_prompts_arrive(
     rng = random.Random(5)
     prompts = [tuple(rng.randrange(100, 40_000) for _ in range(length)) for _ in range(8)]
     target = demo_settings.engine.step_target
-    new, most_rows = step_times(backend, prompts, 0, outputs)
-    print(f"bounded step, new prompts: {told(new)}; {most_rows} rows decoded together at most")
-    assert p99(new) <= target
-    assert new[-1] <= 2 * target
-    cached = []
-    for first_uid in (8, 16, 24):
-        seconds, most_rows = step_times(backend, prompts, first_uid, outputs)
-        print(f"bounded step, cached prompts: {told(seconds)}; {most_rows} rows decoded together at most")
-        assert seconds[-1] <= 2 * target
+    new, _ = step_times(backend, prompts, 0, outputs)
+    cached: list[float] = []
+    uids = itertools.count(8, 8)
+    while len(cached) <= 100:
+        seconds, most_rows = step_times(backend, prompts, next(uids), outputs)
         assert most_rows > 1
-        cached.append(p99(seconds))
-    assert min(cached) <= target
+        cached += seconds
+    for what, taken in (("new prompts", sorted(new)), ("cached prompts", sorted(cached))):
+        print(f"bounded step, {what}: {told(taken)}")
+        assert p99(taken) <= target
+        assert taken[-1] <= 2 * target
     backend.rebuild()
 
 
 def p99(seconds: Sequence[float]) -> float:
-    """Of sorted ones; of fewer than a hundred the longest."""
+    """Of sorted ones; of a hundred or fewer the longest."""
     return seconds[int(len(seconds) * 0.99)]
 
 
@@ -73,7 +72,7 @@ def told(seconds: Sequence[float]) -> str:
 def step_times(
     backend: MlxBackend, prompts: Sequence[tuple[int, ...]], first_uid: int, outputs: int
 ) -> tuple[list[float], int]:
-    """Seconds of each step from the first prompt to the last row's end, sorted, and most rows that decoded together."""
+    """Seconds of each step from the first prompt to the last row's end, and most rows that decoded together."""
     for uid, prompt in enumerate(prompts, first_uid):
         backend.insert(
             Row(uid=uid, prompt=prompt, max_tokens=outputs, sampling=SamplingParams(temperature=0), tenant="t")
@@ -86,7 +85,7 @@ def step_times(
         seconds.append(time.perf_counter() - began)
         ended += sum(token.finish_reason is not None for token in result.tokens)
         most_rows = max(most_rows, result.decode_rows)
-    return sorted(seconds), most_rows
+    return seconds, most_rows
 
 
 async def test_the_first_requests_after_readiness_are_as_fast_as_the_next(fresh_demo: Served) -> None:
