@@ -17,7 +17,7 @@ from service.engine.backend import MemoryUse, ModelInfo
 from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.memory_limits import recommended_bytes, weight_bytes, working_set
 from service.engine.models import Told, resolve
-from service.engine.one_matrix import multiply_in_one
+from service.engine.one_matrix import join_products, multiply_in_one
 from service.engine.tokenizer import Tokenizer
 from service.errors import ModelTooLarge, ModelUnavailable
 from service.settings import Settings
@@ -84,6 +84,7 @@ def load_model(settings: Settings, progress: Report = unheard, *, room: Callable
         model.set_dtype(mx.float32)
     elif mx.cuda.is_available():
         multiply_in_one(model)
+        join_products(model)
         attend_without_plans(model)
     mx.eval(model.parameters())
     model.eval()
