@@ -104,7 +104,7 @@ test: $(DEVELOP) debian-packages ## Run every test, with coverage, as CI does (w
 	beside="$$pytest --dist loadfile --durations=15 -m"; \
 	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' -n 3 --cov=service tests/launchd tests/unit || failed=1; \
 	OPENBLAS_NUM_THREADS=1 $$beside 'not soak and not alone' -n 2 tests/load tests --ignore tests/launchd --ignore tests/unit || failed=1; \
-	$$pytest --durations=25 -m 'alone and not soak' tests --ignore tests/unit || failed=1; \
+	$$pytest --durations=25 -m 'alone and not soak' tests || failed=1; \
 	[ -z "$$failed" ]
 
 soak: $(DEVELOP) debian-packages ## Run the long variants, with full counts

@@ -266,7 +266,8 @@ async def refused() -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("peer", [refused, black_hole])
-@pytest.mark.no_cover  # it is about milliseconds
+@pytest.mark.no_cover
+@pytest.mark.alone  # it is about milliseconds
 async def test_a_peer_that_refuses_or_says_nothing_stalls_nobody(
     peer: Callable[[], AbstractAsyncContextManager[str]],
 ) -> None:
@@ -296,7 +297,8 @@ async def check_that_nobody_stalls(one: Instance, what: str) -> None:
     assert longest < 1.0
 
 
-@pytest.mark.no_cover  # it is about milliseconds
+@pytest.mark.no_cover
+@pytest.mark.alone  # it is about milliseconds
 async def test_a_redis_that_stalls_stalls_nobody_and_is_used_again(server: RedisServer) -> None:
     async with instance(server.url, settings=SETTINGS) as one:
         assert (await one.requests.hit("before", plan())).remaining == 9
