@@ -147,7 +147,7 @@ def test_a_joined_model_takes_the_memory_that_it_took() -> None:
     gc.collect()  # what other tests left
     before = mx.get_active_memory()
     join_products(layers)
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before  # others may still be giving theirs back
     assert {name: array.shape for name, array in tree_flatten(layers.parameters())} == named
 
 
@@ -169,7 +169,7 @@ def test_each_input_has_its_own_product_and_none_is_kept() -> None:
     held = mx.get_active_memory()
     layers.q_proj(mx.random.normal((1, 1, BROAD)))  # the others are not asked: the next input takes their place
     mx.eval(layers(mx.random.normal((1, 1, BROAD))))
-    assert mx.get_active_memory() == held
+    assert mx.get_active_memory() <= held
 
 
 @pytest.mark.parametrize(("height", "joined"), [(BROAD, "_Part"), (BROAD + 4, "_Linear")])
