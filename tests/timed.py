@@ -11,6 +11,7 @@ from typing import Any
 
 from service.engine.backend import Row, StepResult
 from service.engine.generation import Delta, Generation, GenerationRequest
+from service.engine.outbox import Delivery
 from service.engine.progress import Progress
 from service.engine.telemetry import Telemetry
 from service.engine.worker import Worker
@@ -102,7 +103,8 @@ class ByHand:
             progress=self.progress,
         )
 
-    def _deliver(self, batch: Sequence[tuple[Generation, Delta]]) -> None:
+    def _deliver(self, batch: Sequence[Delivery], heard: Callable[[], object]) -> None:
+        heard()
         for generation, delta in batch:
             self.said.setdefault(generation, []).append(delta)
             generation.put(delta)

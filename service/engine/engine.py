@@ -10,8 +10,7 @@ A drain (`drain.py`) lies over the state, which is `draining` for as long as it 
 `begin_drain` puts it on. `resume` takes it off, and the state is what is below by then; not so when the drain is for
 good, as a signal's is. Nothing hides `failed` and `stopped`, and nothing leads out of them.
 
-Every method belongs to the event loop's thread; the generation thread runs `_main`, and what it wants to
-say arrives on the loop by `call_soon_threadsafe`.
+Every method belongs to the event loop's thread, `_main` to the generation thread, which reaches the loop by `tell`.
 """
 
 from __future__ import annotations
@@ -258,7 +257,7 @@ class Engine:
             info,
             self.settings,
             clock=self.clock,
-            deliver=lambda batch: self.tell(lambda: self._deliver(batch)),
+            deliver=lambda batch, heard: self.tell(lambda: self._deliver(batch, heard)),
             telemetry=self._telemetry,
             progress=self.progress,
             canary_interval=self._canary_interval,
@@ -272,7 +271,8 @@ class Engine:
 
     # -- on the loop --------------------------------------------------------------------------------------
 
-    def _deliver(self, batch: Sequence[Delivery]) -> None:
+    def _deliver(self, batch: Sequence[Delivery], heard: Callable[[], object]) -> None:
+        heard()
         for generation, delta in batch:
             generation.put(delta)
             if delta.final:

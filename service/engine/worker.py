@@ -19,7 +19,7 @@ from service.engine.foresight import Foresight
 from service.engine.generation import Delta, FinishReason, Generation
 from service.engine.jobs import Job, Orders, Plan
 from service.engine.lineup import Lineup
-from service.engine.outbox import Delivery, Outbox, When
+from service.engine.outbox import Deliver, Outbox, When
 from service.engine.progress import Phase, Progress
 from service.engine.telemetry import Telemetry
 from service.engine.tokenizer import TextStream
@@ -41,7 +41,7 @@ class Worker:
         settings: EngineSettings,
         *,
         clock: Callable[[], float],
-        deliver: Callable[[Sequence[Delivery]], object],
+        deliver: Deliver,
         telemetry: Telemetry,
         progress: Progress,
         canary_interval: float = 0.0,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+
 import pytest
 
-from service.engine.backend import Row, StepResult
-from service.engine.generation import Generation
-from service.engine.outbox import When
+from service.engine import outbox
+from service.engine.backend import Row, StepResult, nothing
+from service.engine.engine import Engine, EngineState
+from service.engine.generation import Delta, Generation, GenerationRequest
+from service.engine.outbox import Delivery, When
+from service.engine.telemetry import Telemetry
 from service.errors import CredentialRevoked
-from tests.fakes import fake_tokenizer, letters
+from service.observability.metrics import Metrics
+from service.settings import EngineSettings
+from tests.fakes import FakeBackend, fake_tokenizer, letters
 from tests.timed import ByHand, TimedBackend
 
 BRIEF = 0.002
@@ -158,3 +166,64 @@ def test_an_error_takes_along_what_was_said_before_it() -> None:
     hand.turn()
     assert pieces(hand, generation) == [1, 4]
     assert hand.said[generation][-1].error is not None
+
+
+def test_the_loop_is_waited_for_with_a_first_text_alone_and_not_for_long() -> None:
+    """Nor where there are many: each of these begins beside those before it, and all have text after every step."""
+    hand = ByHand(TimedBackend(decode_base=BRIEF), delivery_interval=0.0)
+    waits: list[tuple[int, bool]] = []
+
+    def lost(batch: Sequence[Delivery], heard: Callable[[], object]) -> None:
+        """The loop is busy, or has ended. How many have text, and whether the loop would be waited for."""
+        waits.append((len(batch), heard is not nothing))
+
+    hand.worker._outbox._deliver = lost
+    hand.submit(max_tokens=4)
+    hand.finish()
+    assert waits == [(1, True), (1, False), (1, False), (1, False)]
+    waits.clear()
+    hand.submit_rows(outbox.ALONE + 2, max_tokens=20)
+    hand.finish()
+    assert [streams for streams, waited in waits if waited] == list(range(1, outbox.ALONE + 1))
+    assert max(streams for streams, _ in waits) == outbox.ALONE + 2
+
+
+async def test_the_next_step_begins_when_the_loop_has_a_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would keep the interpreter from the loop: 0.6 ms for a tiny model on two cores."""
+    monkeypatch.setattr(outbox, "HEARD", 60.0)  # however busy the machine is
+    backend = Watching()
+    engine = Engine(backend, EngineSettings(), telemetry=Telemetry(Metrics()))
+    await engine.start()
+    await engine.wait(EngineState.READY)
+    put = Generation.put
+
+    def heard(generation: Generation, delta: Delta) -> None:
+        backend.texts += 1
+        put(generation, delta)
+
+    monkeypatch.setattr(Generation, "put", heard)
+    for times in range(1, 21):
+        backend.texts, backend.seen = 0, []
+        (generation,) = engine.submit([GenerationRequest(request_id="r", prompt=(5, 6), max_tokens=3)])
+        async with asyncio.timeout(60):
+            while not (await generation.read()).final:
+                pass
+        generation.close()
+        first = next(at for at, (told, _) in enumerate(backend.seen) if told)
+        assert backend.seen[first + 1][1] >= 1, f"the {times}th time"
+    await engine.stop()
+
+
+class Watching(FakeBackend):
+    """Writes down of each step how many tokens it made, and how many texts the loop had before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts = 0
+        self.seen: list[tuple[int, int]] = []
+
+    def step(self) -> StepResult:
+        texts = self.texts
+        result = super().step()
+        self.seen.append((len(result.tokens), texts))
+        return result
