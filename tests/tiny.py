@@ -18,13 +18,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json of `byte_tokenizer`, with a chat template."""
+def write_tokenizer(folder: Path, *, template: str | None = CHAT_TEMPLATE) -> None:
+    """tokenizer.json and tokenizer_config.json of `byte_tokenizer`, with a chat template or without."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

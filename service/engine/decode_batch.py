@@ -7,6 +7,7 @@ its own. Belongs to the generation thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,9 +20,6 @@ from service.engine.generation import FinishReason
 from service.engine.prefix_cache import common_prefix
 from service.engine.row_cache import Places, RowCache, copied, in_turns, rearranged, rounded, row_bytes
 from service.engine.sampling import Sampling
-
-EARLY = 32
-"""Tokens before the end of their capacity from which on rows get more: layer by layer, while they decode."""
 
 SPARE = 64
 """Positions beyond a stretched row's tokens."""
@@ -80,22 +78,15 @@ class DecodeBatch:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.cache)
 
-    def wanted_capacity(self, coming: int) -> tuple[int, int] | None:
-        """(rows, positions) to change to, with `coming` rows expected; None while the present buffers will do.
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """(rows, positions) of the buffers that are written in place; no rows where there are none."""
+        return next((layer.capacity for layer in self.cache if isinstance(layer, RowCache)), (0, 0))
 
-        They will not when the next tokens do not fit, nor when less than half of them is needed.
-        """
-        rows, positions = next((layer.capacity for layer in self.cache if isinstance(layer, RowCache)), (0, 0))
-        reach, expected = self._places.reach + 1, len(self) + coming
-        if not rows:
-            return None
-        if reach + EARLY > positions:
-            longest = max(len(state.row.prompt) + state.row.max_tokens for state in self.rows)
-            if (needed := max(reach, min(reach + EARLY, longest))) > positions:
-                return max(rows, expected), needed
-        if rows * positions > 2 * expected * rounded(reach):
-            return expected, reach
-        return None
+    def bytes_of(self, rows: int, positions: int) -> int:
+        """What buffers of such a capacity take."""
+        layers = (layer for layer in self.cache if isinstance(layer, RowCache) and layer.nbytes)
+        return sum(layer.nbytes * rows * rounded(positions) // math.prod(layer.capacity) for layer in layers)
 
     def launch(self, meanwhile: Callable[[], object] = nothing) -> None:
         """Start computing the next token of every row; call `meanwhile` before the interpreter is let go for that."""

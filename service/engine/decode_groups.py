@@ -13,23 +13,35 @@ from typing import Any
 from service.engine.backend import nothing
 from service.engine.batches import PrefillBatch, RowState
 from service.engine.decode_batch import Chore, DecodeBatch, Emitted
+from service.engine.memory import MemoryModel
 from service.engine.pacing import Pacer
+from service.engine.row_cache import rounded
 
 Keep = Callable[[RowState, Sequence[int], list[Any]], None]
 """Told of a row that leaves: its state, the tokens in its cache, and a copy of that, a layer each."""
 
 
+Change = tuple[int, DecodeBatch, tuple[int, int]]
+
+EARLY = 32
+"""Tokens before the end of their capacity from which on rows get more: layer by layer, while they decode."""
+
+UNKNOWN = MemoryModel(budget=0, layers=())
+"""What rows take while no model is loaded."""
+
+
 class DecodeGroups:
     """All rows that decode. Their tokens are launched together, and emitted together.
 
-    Only the first batch has room for rows that are expected: so the buffers of all take no more than those of one
-    batch padded to its longest row, which is what `MemoryModel.peak_bytes` reckons with.
+    Only the first batch has room for rows that are expected. The buffers of all never grow beyond those of one batch
+    padded to its longest row, which is what `MemoryModel.peak_bytes` reckons with.
     """
 
-    def __init__(self, model: Any, eos: frozenset[int], pacer: Pacer) -> None:
+    def __init__(self, model: Any, eos: frozenset[int], pacer: Pacer, memory: MemoryModel = UNKNOWN) -> None:
         self._model = model
         self._eos = eos
         self._pacer = pacer
+        self._memory = memory
         self._batches: list[DecodeBatch] = []
 
     def __len__(self) -> int:
@@ -85,14 +97,50 @@ class DecodeGroups:
     def clear(self) -> None:
         self._batches.clear()
 
-    def chore(self, coming: int, keep: Keep) -> Chore | None:
-        """Rows that leave, or buffers to change with `coming` rows expected. It begins when nothing is launched."""
-        for number, batch in enumerate(self._batches):
+    def chore(self, waiting: Sequence[RowState], prefill: PrefillBatch | None, keep: Keep) -> Chore | None:
+        """Rows that leave, or buffers to change, with those in prefill expected and those that wait for it. It begins
+        when nothing is launched. Buffers that grow beyond what all these rows are promised have no spare places."""
+        for batch in self._batches:
             if any(state.leaving for state in batch.rows):
                 return Chore(self._drop(batch, keep), beside=False)
-            if wanted := batch.wanted_capacity(0 if number else coming):
-                return Chore(batch.resize(*wanted))
-        return None
+        if not self._batches:
+            return None
+        expected, grows = self._expected(len(waiting), prefill)
+        changes = self._changes(expected, spare=True)
+        grows += sum(max(0, more) for more, *_ in changes)
+        if grows and self.nbytes + grows > self._promised([*self.rows, *waiting, *(prefill.rows if prefill else ())]):
+            changes = self._changes(expected, spare=False)
+        if not changes:
+            return None
+        _, batch, capacity = min(changes, key=lambda change: change[0])
+        return Chore(batch.resize(*capacity))
+
+    def _promised(self, rows: Sequence[RowState]) -> int:
+        return self._memory.cache_bytes([len(state.row.prompt) + state.row.max_tokens for state in rows])
+
+    def _expected(self, waiting: int, prefill: PrefillBatch | None) -> tuple[list[int], int]:
+        """Rows that each batch is to have room for beside its own; and, where a cohort is about to join, the bytes that
+        it makes the buffers grow by."""
+        expected, new = [waiting] + [0] * (len(self._batches) - 1), 0 if prefill is None else len(prefill.rows)
+        if prefill is None or not prefill.ready:
+            return [waiting + new, *expected[1:]], 0
+        home, reach = self._pacer.home(self.sizes, new, prefill.context), prefill.context + 1
+        if home is None:
+            return expected, self._batches[0].bytes_of(new, reach)
+        batch = self._batches[home]
+        expected[home] += new
+        rows, positions = len(batch) + expected[home], max(batch.context + 1, reach)
+        if rows <= batch.capacity[0] and positions <= batch.capacity[1]:
+            return expected, 0
+        return expected, batch.bytes_of(rows, positions) - batch.bytes_of(*batch.capacity)
+
+    def _changes(self, expected: Sequence[int], *, spare: bool) -> list[Change]:
+        """Of each batch that is to change: the bytes that it grows by, and its new capacity."""
+        found = []
+        for batch, coming in zip(self._batches, expected, strict=True):
+            if wanted := _wanted(batch, coming, spare=spare):
+                found.append((batch.bytes_of(*wanted) - batch.bytes_of(*batch.capacity), batch, wanted))
+        return found
 
     def _drop(self, batch: DecodeBatch, keep: Keep) -> Iterator[None]:
         """Hand over the caches of the rows that are leaving, then let them go."""
@@ -129,3 +177,20 @@ class DecodeGroups:
         """Layer by layer, append a copy of a row's first `length` tokens to `layers`; nothing when it has left."""
         for batch in self._batches:
             yield from batch.copy_prefix(source, length, layers)
+
+
+def _wanted(batch: DecodeBatch, coming: int, *, spare: bool) -> tuple[int, int] | None:
+    """(rows, positions) for a batch to change to, with `coming` rows expected; None while its present buffers will do.
+
+    They will not when the next tokens do not fit, nor when less than half of them is needed; without `spare` places,
+    when not all of them are.
+    """
+    (rows, positions), reach, expected = batch.capacity, batch.context + 2, len(batch) + coming
+    share = 2 if spare else 1
+    if not rows or (reach + EARLY <= positions and rows * positions <= share * expected * rounded(reach)):
+        return None
+    longest = max(len(state.row.prompt) + state.row.max_tokens for state in batch.rows)
+    needed = max(reach, min(reach + EARLY, longest))
+    if needed > positions:
+        return max(rows, expected) if spare else expected, needed
+    return (expected, needed) if rows * positions > share * expected * rounded(needed) else None

@@ -76,7 +76,7 @@ class MlxBackend:
         limit_memory(engine, loaded.model, memory.budget)
         self.model = loaded.model
         self.info = loaded.info(memory)
-        self._decode = DecodeGroups(self.model, self.info.eos_token_ids, self.pacer)
+        self._decode = DecodeGroups(self.model, self.info.eos_token_ids, self.pacer, memory)
         self._prefixes = PrefixCache(limit=int(memory.budget * engine.prefix_cache_fraction))
         self._log.info("model_loaded", model=loaded.name, batchable=self.info.batchable, memory_budget=memory.budget)
         return self.info
@@ -222,7 +222,7 @@ class MlxBackend:
         prefill = self._prefill
         if self._forming:
             return Chore(self._form())
-        if chore := self._decode.chore(len(self._waiting), self._keep):
+        if chore := self._decode.chore(self._waiting, prefill, self._keep):
             return chore
         if prefill is not None and prefill.unprepared:
             return Chore(prefill.prepare())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,13 +62,17 @@ class Tokenizer:
         fast = getattr(loaded, "backend_tokenizer", None)
         if fast is None:
             raise ModelUnavailable(f"{folder}: needs a fast tokenizer (tokenizer.json)")
-        return cls(
+        tokenizer = cls(
             fast,
             special=loaded.all_special_tokens
             + [t.content for t in fast.get_added_tokens_decoder().values() if t.special],
             bos=loaded.bos_token,
             template=loaded if loaded.chat_template else None,
         )
+        # The first use compiles the template: 5 ms, for which no request is to wait. It may want another conversation.
+        with suppress(InvalidRequest, TypeError, ValueError, LookupError, AttributeError):
+            tokenizer.encode_chat([{"role": "user", "content": "?"}])
+        return tokenizer
 
     @property
     def has_chat_template(self) -> bool:

@@ -647,6 +647,56 @@ def test_a_long_row_does_not_pad_the_short_ones(backend: MlxBackend, folder: Pat
     assert (len(backend._decode), backend._decode.nbytes) == (0, 0)
 
 
+def test_buffers_that_grow_have_no_places_for_who_has_left_where_memory_is_promised(folder: Path) -> None:
+    """Seven rows that become long and four that do not: what is there for eleven would grow with the seven."""
+    backend = loaded(folder, max_rows=16, max_prefill_rows=16, max_prefill_chunk=8192)
+    asked = [row(uid, [10 + uid] * 600, max_tokens=700 if uid < 7 else 300 + 100 * (uid - 7)) for uid in range(11)]
+    assert len(watch_growth(backend, asked)) > 2
+
+
+@given(seed=st.integers(0, 10**9), split=st.sampled_from([0.0, 0.3, 1.0]))
+@hypothesis_settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_buffers_never_grow_beyond_what_their_rows_are_promised(
+    folder: Path, memory: MemoryModel, seed: int, split: float
+) -> None:
+    """Whoever comes and leaves, and however they are split into batches."""
+    rng = random.Random(seed)
+
+    def home(batches: Sequence[tuple[int, int]], rows: int, context: int) -> int | None:
+        chance = random.Random(f"{seed} {batches} {rows} {context}")
+        new = not batches or (len(batches) < 4 and chance.random() < split)
+        return None if new else chance.randrange(len(batches))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mlx_backend, "measure_memory", lambda *_: memory)
+        backend = loaded(folder, ahead=rng.random() < 0.5)
+        patched.setattr(backend.pacer, "home", home)
+        patched.setattr(backend.pacer, "may_join", lambda *_: True)
+        lengths, outputs = (20, 200, 900), (2, 30, 300)
+        asked = [row(uid, [3 + uid] * rng.choice(lengths), max_tokens=rng.choice(outputs)) for uid in range(14)]
+        watch_growth(backend, asked)
+        backend.rebuild()
+
+
+def watch_growth(backend: MlxBackend, asked: Sequence[Row]) -> list[int]:
+    """Run these rows, as many at a time as there are places, and see that buffers only grow up to what the rows in the
+    backend are promised; returns the bytes after each growth."""
+    coming, live, grown, held = list(asked), dict[int, Row](), list[int](), 0
+    while coming or live:
+        while coming and len(live) < backend.max_rows:
+            live[coming[0].uid] = coming[0]
+            backend.insert(coming.pop(0))
+        promised = backend.info.memory.cache_bytes([len(one.prompt) + one.max_tokens for one in live.values()])
+        ended = [token.uid for token in backend.step().tokens if token.finish_reason]
+        before, held = held, backend.memory().batch
+        assert held <= max(before, promised)
+        if held > before:
+            grown.append(held)
+        for uid in ended:
+            del live[uid]
+    return grown
+
+
 def test_rows_that_would_make_a_step_too_long_wait_for_one_to_leave(backend: MlxBackend, folder: Path) -> None:
     slow = StepCosts(decode_row=0.3 * backend.pacer.target)  # two at a time fit
     asked = [[3 + uid] * 20 for uid in range(6)]

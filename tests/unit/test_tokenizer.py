@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
 from service.engine.tokenizer import TextStream, Tokenizer
 from service.errors import InvalidRequest, ModelUnavailable
@@ -94,6 +94,44 @@ def test_a_conversation_is_rendered_for_the_assistants_turn(chat: Tokenizer) -> 
     tokens = chat.encode_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(tokens) == expected
+
+
+def test_the_first_conversation_does_not_wait_for_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled when the tokenizer is loaded: 3 to 5 ms, which were a quarter of a first token's time on a GPU."""
+    compiled: list[object] = []
+    compile_template = Environment.compile
+
+    def watched(self: Environment, *args: Any, **options: Any) -> Any:
+        compiled.append(args)
+        return compile_template(self, *args, **options)
+
+    monkeypatch.setattr(Environment, "compile", watched)
+    write_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}" + tmp_path.name)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert len(compiled) == 1
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        (None, InvalidRequest),
+        ("{{ raise_exception('no conversation without a system') }}", InvalidRequest),
+        ("{{ 1 + messages[0].content }}", TypeError),
+        ("{% endfor %}", InvalidRequest),
+    ],
+)
+def test_a_model_is_loaded_whatever_its_template_says(
+    tmp_path: Path, template: str | None, error: type[Exception]
+) -> None:
+    write_tokenizer(tmp_path, template=template)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("hello")
+    with pytest.raises(error):
+        tokenizer.encode_chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_model_without_a_template_refuses_conversations() -> None:
