@@ -20,8 +20,8 @@ from service.engine.row_cache import rounded
 Keep = Callable[[RowState, Sequence[int], list[Any]], None]
 """Told of a row that leaves: its state, the tokens in its cache, and a copy of that, a layer each."""
 
-
 Change = tuple[int, DecodeBatch, tuple[int, int]]
+"""Bytes by which a batch's buffers grow, the batch, and the (rows, positions) for which they are to be."""
 
 EARLY = 32
 """Tokens before the end of their capacity from which on rows get more: layer by layer, while they decode."""
@@ -135,7 +135,7 @@ class DecodeGroups:
         return expected, batch.bytes_of(rows, positions) - batch.bytes_of(*batch.capacity)
 
     def _changes(self, expected: Sequence[int], *, spare: bool) -> list[Change]:
-        """Of each batch that is to change: the bytes that it grows by, and its new capacity."""
+        """What is to change; `expected` rows of each batch, in order."""
         found = []
         for batch, coming in zip(self._batches, expected, strict=True):
             if wanted := _wanted(batch, coming, spare=spare):
