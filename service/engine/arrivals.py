@@ -2,7 +2,8 @@
 
 Those of one wave reach the generation thread one after the other. On a GPU a cohort of the first alone takes nearly as
 long as one of all, where their prompts are short or cached. So who comes is held until the loop is through with
-everybody who had come by then. Where that is nobody else it takes a tenth of a millisecond.
+everybody who had come by then. Where that is nobody else it takes a tenth of a millisecond on two cores, 0.3
+to 0.5 on an H100's host.
 """
 
 from __future__ import annotations
