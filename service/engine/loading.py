@@ -18,6 +18,7 @@ from service.engine.memory import KV_STEP, Activations, LayerGroup, MemoryModel
 from service.engine.memory_limits import recommended_bytes, weight_bytes, working_set
 from service.engine.models import Told, resolve
 from service.engine.one_matrix import join_products, multiply_in_one
+from service.engine.prefix_cache import PrefixCache
 from service.engine.tokenizer import Tokenizer
 from service.errors import ModelTooLarge, ModelUnavailable
 from service.settings import Settings
@@ -134,14 +135,17 @@ def _vocab_size(model: Any) -> int:
     return int(logits.shape[-1])
 
 
-def memory_use(**ours: int) -> MemoryUse:
-    """mlx's own counters, what the device recommends, and what is `ours` of it."""
+def memory_use(prefixes: PrefixCache, batch: int) -> MemoryUse:
+    """mlx's own counters, what the device recommends, and what cached prefixes and `batch`, rows that decode, take."""
     return MemoryUse(
         active=mx.get_active_memory(),
         peak=mx.get_peak_memory(),
         buffer_cache=mx.get_cache_memory(),
         recommended=recommended_bytes(),
-        **ours,
+        prefix_cache=prefixes.nbytes,
+        prefix_capacity=prefixes.capacity,
+        prefix_entries=len(prefixes),
+        batch=batch,
     )
 
 

@@ -84,7 +84,8 @@ class MlxBackend:
     def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
         """Run the shapes of traffic once and learn what a step costs."""
         self.pacer.calibrate(Warmup(self, self._settings.engine, clock=self._clock).run(progress))
-        self.rebuild()
+        # The first long prompt takes its buffers from what this used. On a CPU it would gain nothing.
+        self.rebuild(keep_pool=mx.default_device() == mx.Device(mx.gpu))
         self._log.info("warmed_up", **{name: float(f"{cost:.2g}") for name, cost in asdict(self.pacer.costs).items()})
 
     @property
@@ -270,22 +271,20 @@ class MlxBackend:
         else:
             self._decode.abandon_if_nobodys()
 
-    def rebuild(self) -> None:
-        """Forget every row and prefix; the model stays."""
+    def rebuild(self, *, keep_pool: bool = False) -> None:
+        """Forget every row and prefix; the model stays. `keep_pool`: buffers that are free are for whoever is next."""
         self._waiting.clear()
         self._forming.clear()
         self._prefill = self._chore = self._told = None
         self._decode.clear()
         self._gone.clear()
         self._prefixes.clear()
-        mx.clear_cache()
+        if not keep_pool:
+            mx.clear_cache()
 
     def memory(self) -> MemoryUse:
         """mlx's own counters and the prefix cache's."""
-        kept, batch = self._prefixes, self._decode.nbytes
-        return memory_use(
-            prefix_cache=kept.nbytes, prefix_capacity=kept.capacity, prefix_entries=len(kept), batch=batch
-        )
+        return memory_use(self._prefixes, self._decode.nbytes)
 
     def release_pool(self) -> None:
         mx.clear_cache()

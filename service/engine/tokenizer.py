@@ -69,7 +69,9 @@ class Tokenizer:
             bos=loaded.bos_token,
             template=loaded if loaded.chat_template else None,
         )
-        # The first use compiles the template: 5 ms, for which no request is to wait. It may want another conversation.
+        # The first use compiles the template, 5 ms, and the first long text has memory to get, 1 ms or 2: no request is
+        # to wait for that. The template may want another conversation.
+        tokenizer.encode("made up " * SHORT)
         with suppress(InvalidRequest, TypeError, ValueError, LookupError, AttributeError):
             tokenizer.encode_chat([{"role": "user", "content": "?"}])
         return tokenizer

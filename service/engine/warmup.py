@@ -63,6 +63,10 @@ REHEARSAL = 0.4
 
 REAL_PROMPT, REAL_OUTPUT = 160, 64
 
+LONG_PROMPT, LONG_OUTPUT = 3072, 2
+"""Of a prompt that takes more than one chunk, whose cache is made longer in between: on an H100 the first to need the
+kernels of that, and those of a step after so many tokens, waited 6 ms for them."""
+
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = (
     SamplingParams(temperature=0.7),
@@ -99,9 +103,12 @@ class Warmup:
         self._backend.pacer.calibrate(costs)
         if cpu:
             self._rehearse(min(2, self._backend.max_rows), *self._sizes(costs))
-        elif self._cold_rehearsal(min(2, self._backend.max_rows), costs):
+            return costs
+        if self._cold_rehearsal(min(2, self._backend.max_rows), costs):
             self._cold_rehearsal(1, costs)  # other kernels: one row's products are with a vector
             self._cold_rehearsal(self._backend.max_rows, costs)
+        longest = min(LONG_PROMPT, self._planned_context() - LONG_OUTPUT)
+        self._rehearse(1, _within(REHEARSAL / costs.prefill_token, 16, longest), LONG_OUTPUT)
         return costs
 
     def _prefills(self) -> StepCosts:
@@ -180,7 +187,7 @@ class Warmup:
     def _rehearse(self, rows: int, prompt: int, output: int) -> float:
         """Seconds from the first prompt to the last token of `rows` requests, no prefix of them cached."""
         backend = self._backend
-        backend.rebuild()
+        backend.rebuild(keep_pool=True)
         began = self._clock()
         for uid in range(rows):
             # Every second one shorter: a cohort that is padded, and rows that end apart.
