@@ -7,13 +7,14 @@ away is a line under the last picture, and is asked again; a key that is refused
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -118,6 +119,41 @@ def _refusal(status: int) -> Unanswered | None:
             return Unanswered(f"answers {status}")
 
 
+class Pause:
+    """Waits between two looks, which Ctrl-C ends with a KeyboardInterrupt; while it is entered, on the main thread.
+
+    Elsewhere the first Ctrl-C is noted, and raised by the next wait: raised inside httpx it left a lock taken for which
+    the pool's own `close` then waited for ever, and inside a finaliser it is lost. The second is raised wherever it
+    comes, for who does not want to wait for an answer.
+    """
+
+    def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._sleep = sleep
+        self._noted = self._waiting = False
+
+    def __enter__(self) -> Self:
+        self._former = signal.getsignal(signal.SIGINT)
+        if self._former is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._former)
+
+    def __call__(self, seconds: float) -> None:
+        """Wait so long. Raises KeyboardInterrupt."""
+        self._waiting = True
+        if self._noted:
+            raise KeyboardInterrupt
+        self._sleep(seconds)
+        self._waiting = False
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._noted or self._waiting:
+            raise KeyboardInterrupt
+        self._noted = True
+
+
 def pictures(
     look: Callable[[], Scrape],
     interval: float,
@@ -169,8 +205,8 @@ def top(
     except httpx.InvalidURL as error:
         raise typer.BadParameter(str(error), param_hint="--url") from None
     try:
-        with closing(source), suppress(KeyboardInterrupt):
-            found = pictures(source.look, interval)
+        with closing(source), suppress(KeyboardInterrupt), Pause() as pause:
+            found = pictures(source.look, interval, sleep=pause)
             if once:
                 _print(_first(found), where, as_json)
             elif as_json or not sys.stdout.isatty():

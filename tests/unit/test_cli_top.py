@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from service.cli import commands, reach, top
 from service.cli.reach import Unanswered
 from service.cli.scrape import Between, NotMetrics, Scrape
-from service.cli.top import Source, pictures
+from service.cli.top import Pause, Source, pictures
 from service.cli.top_frame import CONSUMERS, REASONS, Consumer, Frame, Load, frame
 from service.cli.top_view import draw
 from tests.conftest import ROOT
@@ -605,6 +605,51 @@ def test_a_stranger_is_not_shown_the_development_key(config: str, tmp_path: Path
     assert reach.credential(settings, None, None) is None
 
 
+def test_ctrl_c_during_a_look_is_raised_when_that_is_over() -> None:
+    """Raised in the middle of it, it left httpx's pool with a lock taken, for which its `close` waited for ever."""
+    script, done = Script(tokens(0), tokens(10)), []
+
+    def look() -> Scrape:
+        signal.raise_signal(signal.SIGINT)
+        done.append(found := script.look())
+        return found
+
+    with Pause(script.sleep) as pause, pytest.raises(KeyboardInterrupt):
+        list(pictures(look, 2.0, sleep=pause))
+    assert len(done) == 1
+    assert script.now == 0.0, "and nothing is waited for"
+
+
+def test_ctrl_c_ends_the_wait_between_two_looks() -> None:
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        signal.raise_signal(signal.SIGINT)
+        waited.append(seconds)
+
+    with Pause(sleep) as pause, pytest.raises(KeyboardInterrupt):
+        pause(2.0)
+    assert waited == []
+
+
+def test_a_second_ctrl_c_ends_the_look_itself() -> None:
+    with Pause():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("former", [signal.default_int_handler, signal.SIG_IGN], ids=["as usual", "nohup"])
+def test_ctrl_c_is_afterwards_what_it_was_and_stays_ignored_where_it_is(former: Any) -> None:
+    ours = signal.signal(signal.SIGINT, former)
+    try:
+        with Pause():
+            assert (signal.getsignal(signal.SIGINT) is former) == (former is signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is former
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
 def read(screen: int) -> bytes:
     try:
         return os.read(screen, 65536)
@@ -674,7 +719,7 @@ def test_in_a_terminal_who_goes_away_is_a_line_over_the_last_picture(
 
 
 def test_where_there_is_no_terminal_pictures_follow_each_other(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(*_: Any) -> Iterator[Frame | Unanswered]:
+    def found(*_: Any, sleep: Pause) -> Iterator[Frame | Unanswered]:
         yield example()
         yield Unanswered("answers 503")
         yield example()
