@@ -866,7 +866,7 @@ def test_warm_up_reports_progress_and_leaves_nothing_behind(backend: MlxBackend)
 def test_on_a_gpu_a_prompt_of_several_chunks_is_rehearsed_and_leaves_its_buffers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType
 ) -> None:
-    """The first long prompt waited for kernels and memory: 1.3 to 1.5 times as long as the second on an H100."""
+    """The first long prompt waited for kernels and memory: 1.13 to 1.48 times as long as the second on an H100."""
     chunk = 256
     backend = loaded(folder, max_prefill_chunk=chunk, max_rows=2)
     longest, contexts = 0, {0}
